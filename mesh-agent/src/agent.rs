@@ -1,0 +1,411 @@
+//! The composition root: the life of the daemon, from top to bottom. Every channel between the layers is made here.
+//!
+//! Facts flow down (docker, files → control → snapshot → kernel maps, listeners), connections flow through the proxy, and
+//! everybody reports to telemetry. Must not decide, nor do anything by itself.
+
+mod control;
+mod events;
+pub mod host;
+mod only;
+mod status;
+
+use std::{
+    io,
+    net::SocketAddr,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use ipnet::{Ipv4Net, Ipv6Net};
+use mesh_common::maps::{Knobs, knobs};
+use mesh_core::{
+    config::Config,
+    id::{InvalidName, ServiceName, SpiffeId},
+};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+
+use crate::{
+    admin::{Admin, AdminError, Handles},
+    discovery::{self, Backend},
+    dns::DnsCounters,
+    identity::{Identities, IdentityError},
+    proxy::{Proxy, places::Namespaces},
+    reconciler::{Reconciler, Servers, StartError, serve_tunnels},
+    state::{self, Published},
+    sys::{
+        bpf::{BpfError, Pins, Programs},
+        events as kernel_events,
+        maps::{Pulse, WriteError},
+        socket,
+    },
+    tasks,
+    telemetry::{
+        Telemetry,
+        access::{Access, Destination, Source},
+        metrics::{Direction, DnsOutcome, Outcome, Protocol},
+    },
+    transport::{
+        dial::{Dialer, Settings, marked_socket},
+        tls::{Presents, TlsError, sni_of},
+    },
+};
+
+use control::Control;
+use host::HostError;
+use only::Only;
+pub use only::OnlyError;
+use status::StatusSource;
+
+/// The service part of the agent's own identity.
+const OWN_SERVICE: &str = "ecs-mesh-agent";
+/// Heartbeats in the time after which the hooks take the agent for hung.
+const BEATS_PER_LIMIT: u32 = 6;
+/// Beyond its drain, what an agent needs to stop.
+const STOPPING: Duration = Duration::from_secs(3);
+/// Kernel reports that may wait to be recorded; beyond, they wait in the ring buffer.
+const REPORTS: usize = 4096;
+
+/// The agent could not start. Nothing is attached then.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    #[error(transparent)]
+    Only(#[from] OnlyError),
+    #[error(transparent)]
+    Host(#[from] HostError),
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    #[error("cannot form the agent's own identity")]
+    OwnIdentity(#[from] InvalidName),
+    #[error("cannot set up TLS")]
+    Tls(#[from] TlsError),
+    #[error("cannot listen for tunnels on {addr}: free the port, or set `proxy.tunnel_listen`")]
+    TunnelPort { addr: SocketAddr, source: io::Error },
+    #[error(transparent)]
+    Admin(#[from] AdminError),
+    #[error(transparent)]
+    Bpf(#[from] BpfError),
+    #[error(transparent)]
+    Reconciler(#[from] StartError),
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    #[error("cannot give a sign of life to the kernel programs")]
+    Pulse(#[source] aya::maps::MapError),
+    #[error("the control loop has ended by itself, so tasks would no longer be followed: start the agent again")]
+    ControlEnded(#[source] Option<tokio::task::JoinError>),
+}
+
+/// Runs the agent until `stop` completes. `ready` is called once, when the tasks of this host are armed.
+///
+/// # Errors
+/// Something that the agent cannot do without is missing, or has ended. What was made is undone.
+pub async fn run(
+    config: Config,
+    telemetry: Telemetry,
+    ready: impl FnOnce() + Send + 'static,
+    stop: impl Future<Output = ()>,
+) -> Result<(), AgentError> {
+    let started = Instant::now();
+    let _only = Only::wait(&config.host.state_dir, config.proxy.drain + STOPPING).await?;
+
+    // Who and where we are.
+    let host = host::facts(&config).await?;
+    let config = Arc::new(host::name_after_cluster(config, &host.cluster));
+    let identities = Identities::open(&config.identity)?;
+    let own = SpiffeId::new(&config.identity.trust_domain, &host.cluster, &OWN_SERVICE.parse::<ServiceName>()?)?;
+    identities.leaf(&own)?;
+
+    // The kernel's half: loaded and verified, not yet attached.
+    let (mut programs, maps, mut readers) =
+        Programs::load(Pins::new(config.kernel.pin_dir.clone()), host.cgroup_root.clone())?;
+
+    // What is known, and who tells it.
+    let (publisher, published) = state::publish();
+    let discovery = discovery::run(backends(&config));
+    let observer = tasks::observe(tasks::Settings {
+        socket: config.docker.socket.clone(),
+        cgroup_root: Some(host.cgroup_root.clone()),
+        netns_dir: Path::new(tasks::NETNS_DIR).into(),
+        host: host.address,
+        own_container: None,
+    });
+
+    // The way of a connection: listeners in namespaces, the proxy, tunnels.
+    let namespaces = Arc::new(Namespaces::default());
+    let dialer = Dialer::new(
+        identities.clone(),
+        Settings {
+            connect_timeout: config.proxy.connect_timeout,
+            socket: Arc::new(marked_socket),
+            ..Settings::default()
+        },
+    )?;
+    let proxy = Proxy::new(
+        published.clone(),
+        dialer.clone(),
+        namespaces.clone(),
+        telemetry.clone(),
+        config.proxy.connect_timeout,
+    );
+    let (drain, draining) = watch::channel(false);
+    let servers = Servers {
+        config: config.clone(),
+        proxy: proxy.clone(),
+        namespaces,
+        flows: readers.flows.clone(),
+        published: published.clone(),
+        identities: identities.clone(),
+        resolvers: host.resolvers.clone().into(),
+        dns_counters: Arc::new(DnsCounters::default()),
+        failed: failed_tunnels(&telemetry),
+        drain: draining,
+    };
+    let addr = config.proxy.tunnel_listen;
+    let tunnels = socket::tcp_listener(addr).map_err(|source| AgentError::TunnelPort { addr, source })?;
+
+    // Those who look at it.
+    let (armed_sender, armed) = watch::channel(None);
+    let status = Arc::new(StatusSource {
+        config: config.clone(),
+        host: host.clone(),
+        started,
+        published: published.clone(),
+        identities: identities.clone(),
+        sources: discovery.status.clone(),
+        tasks: observer.tasks.clone(),
+        connected: observer.connected.clone(),
+        armed: armed.clone(),
+        counters: readers.counters,
+        heart: readers.heart,
+    });
+    let figures = figures(&telemetry, &status, &servers.dns_counters, &dialer);
+    let admin = Admin::bind(&config.admin, handles(&config, &published, &proxy, &status, figures, &telemetry)).await?;
+
+    // Attach. From here on, an error must detach again.
+    let mut reconciler = Reconciler::new(maps, servers.clone())?;
+    readers.pulse.beat().map_err(AgentError::Pulse)?;
+    reconciler.set_knobs(&knobs(&config, host.own_cgroup))?;
+    if let Err(error) = programs.attach() {
+        programs.remove()?;
+        return Err(error.into());
+    }
+    tracing::info!(
+        host = %host.address,
+        cluster = host.cluster.as_str(),
+        cgroup = %host.cgroup_root.display(),
+        adopted = programs.adopted,
+        "kernel programs attached"
+    );
+
+    // Everything runs.
+    let (report, reports) = mpsc::channel(REPORTS);
+    let mut running = JoinSet::new();
+    running.spawn(beat(readers.pulse, config.kernel.heartbeat_limit / BEATS_PER_LIMIT));
+    running.spawn(async move {
+        if let Err(error) = kernel_events::forward(readers.events, report).await {
+            tracing::error!(%error, "kernel reports are not read");
+        }
+    });
+    running.spawn(events::record(reports, published.clone(), telemetry.clone()));
+    running.spawn(identities.clone().keep_fresh());
+    running.spawn(proxy.clone().keep_house());
+    running.spawn(serve_tunnels(servers.clone(), tunnels, presents(published, own.clone())));
+    running.spawn(tell_ready(armed, ready));
+    let stopped = drain.subscribe();
+    running.spawn(admin.run(async move {
+        let mut stopped = stopped;
+        // Also when the sender is gone: then the agent is stopping too.
+        drop(stopped.wait_for(|stopped| *stopped).await);
+    }));
+    let (control_stop, control_stopped) = watch::channel(false);
+    let control = Control {
+        config: config.clone(),
+        host,
+        publisher,
+        reconciler,
+        identities,
+        own,
+        tasks: observer.tasks.clone(),
+        connected: observer.connected.clone(),
+        sets: discovery.sets.clone(),
+        metrics: telemetry.metrics.clone(),
+        armed: armed_sender,
+        homeless: std::collections::BTreeSet::new(),
+    };
+    let mut control = tokio::spawn(control.run(control_stopped));
+
+    // Stop: listeners first, so that the hooks fail open; then what is under way; then every trace. The reconciler holds
+    // what is armed, and with it the connections, so it is let go last.
+    let controlled = tokio::select! {
+        () = stop => {
+            control_stop.send_replace(true);
+            control.await.map_err(Some)
+        }
+        // Nobody told it to.
+        ended = &mut control => Err(ended.err()),
+    };
+    tracing::info!(connections = proxy.connections(), "stopping");
+    proxy.drain();
+    drain.send_replace(true);
+    if tokio::time::timeout(config.proxy.drain, proxy.idle()).await.is_err() {
+        tracing::warn!(connections = proxy.connections(), "connections are cut off: they outlasted `proxy.drain`");
+    }
+    let stopped = controlled.map(drop);
+    programs.remove()?;
+    running.shutdown().await;
+    stopped.map_err(AgentError::ControlEnded)?;
+    tracing::info!("stopped; nothing is left in the kernel");
+    Ok(())
+}
+
+fn backends(config: &Config) -> Vec<Backend> {
+    config.services_file.iter().map(|path| Backend::StaticFile { path: path.clone() }).collect()
+}
+
+fn failed_tunnels(telemetry: &Telemetry) -> Arc<dyn Fn(crate::transport::accept::Failed) + Send + Sync> {
+    let telemetry = telemetry.clone();
+    Arc::new(move |failed| {
+        let src = Source { addr: Some(failed.remote), ..Source::default() };
+        let dst = Destination { addr: Some(failed.local), ..Destination::default() };
+        let mut access = Access::begin(&telemetry, Direction::Inbound, Protocol::Tcp, src, dst);
+        access.refusal = Some(failed.error.refusal());
+        access.outcome = Outcome::Refused;
+        tracing::warn!(
+            src.addr = %failed.remote,
+            error = &failed.error as &dyn std::error::Error,
+            "a tunnel was refused"
+        );
+    })
+}
+
+/// Whose certificate the host's own tunnel listener shows: the workload that the peer expects, told by SNI. Without
+/// one, or where nobody here is expected, the only workload there is, or the agent itself: the peer then sees who is
+/// here and can say so, which a closed connection would not tell it.
+fn presents(published: Published, own: SpiffeId) -> Arc<Presents> {
+    Arc::new(move |_, sni| {
+        let snapshot = published.load();
+        let mut identities = snapshot.workloads.values().map(|workload| &workload.identity);
+        let expected = sni.and_then(|sni| identities.clone().chain([&own]).find(|id| sni_of(id) == sni));
+        let only = || {
+            let first = identities.next();
+            first.filter(|first| identities.all(|other| other == *first))
+        };
+        Some(expected.or_else(only).unwrap_or(&own).clone())
+    })
+}
+
+fn handles(
+    config: &Config,
+    published: &Published,
+    proxy: &Arc<Proxy>,
+    status: &Arc<StatusSource>,
+    figures: impl Fn() + Send + Sync + 'static,
+    telemetry: &Telemetry,
+) -> Handles {
+    let (load, now, draw) = (proxy.clone(), proxy.clone(), proxy.clone());
+    let (for_status, for_ready) = (status.clone(), status.clone());
+    let metrics = telemetry.metrics.clone();
+    Handles {
+        snapshot: published.clone(),
+        status: Arc::new(move || for_status.status()),
+        metrics: Arc::new(move || {
+            figures();
+            metrics.encode()
+        }),
+        ready: Arc::new(move || for_ready.ready()),
+        load: Arc::new(move |endpoint| load.load(endpoint)),
+        now: Arc::new(move || now.now()),
+        draw: Arc::new(move || draw.draw()),
+        dns: config.dns.clone(),
+        vips: config.vip.clone(),
+    }
+}
+
+/// Takes the counters of others over into the metrics, each time that these are asked for.
+fn figures(
+    telemetry: &Telemetry,
+    status: &Arc<StatusSource>,
+    dns: &Arc<DnsCounters>,
+    dialer: &Dialer,
+) -> impl Fn() + Send + Sync + 'static {
+    let (metrics, status, dns, dialer) = (telemetry.metrics.clone(), status.clone(), dns.clone(), dialer.clone());
+    move || {
+        let total = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        metrics.kernel(&status.counters());
+        metrics.dns(&[
+            (DnsOutcome::Mesh, total(&dns.mesh)),
+            (DnsOutcome::Forwarded, total(&dns.forwarded)),
+            (DnsOutcome::Failed, total(&dns.failed)),
+            (DnsOutcome::Overload, total(&dns.overload)),
+            (DnsOutcome::Malformed, total(&dns.garbage)),
+        ]);
+        let tunnels = dialer.figures();
+        metrics.tunnels(tunnels.handshakes, tunnels.connections, tunnels.streams);
+    }
+}
+
+fn knobs(config: &Config, agent_cgroup: u64) -> Knobs {
+    let Ipv4Prefix { net: vip4, mask: vip4_mask } = config.vip.v4.into();
+    let Ipv6Prefix { net: vip6, mask: vip6_mask } = config.vip.v6.into();
+    Knobs {
+        abi: mesh_common::ABI_VERSION,
+        flags: knobs::DNS,
+        agent_cgroup,
+        heartbeat_limit_ns: u64::try_from(config.kernel.heartbeat_limit.as_nanos()).unwrap_or(u64::MAX),
+        vip4,
+        vip4_mask,
+        vip6,
+        vip6_mask,
+        proxy_port: config.proxy.outbound_port,
+        dns_port: config.dns.port,
+        mark: socket::MARK,
+    }
+}
+
+struct Ipv4Prefix {
+    net: [u8; 4],
+    mask: [u8; 4],
+}
+
+struct Ipv6Prefix {
+    net: [u8; 16],
+    mask: [u8; 16],
+}
+
+impl From<Ipv4Net> for Ipv4Prefix {
+    fn from(net: Ipv4Net) -> Self {
+        Self { net: net.network().octets(), mask: net.netmask().octets() }
+    }
+}
+
+impl From<Ipv6Net> for Ipv6Prefix {
+    fn from(net: Ipv6Net) -> Self {
+        Self { net: net.network().octets(), mask: net.netmask().octets() }
+    }
+}
+
+/// Shows the hooks that the runtime is alive. A runtime that hangs does not get here.
+async fn beat(mut pulse: Pulse, every: Duration) {
+    let mut ticks = tokio::time::interval(every);
+    loop {
+        ticks.tick().await;
+        if let Err(error) = pulse.beat() {
+            tracing::error!(%error, "cannot give a sign of life; the kernel will take the agent for dead");
+        }
+    }
+}
+
+async fn tell_ready(
+    mut armed: watch::Receiver<Option<std::collections::BTreeSet<mesh_core::id::TaskId>>>,
+    ready: impl FnOnce(),
+) {
+    if armed.wait_for(Option::is_some).await.is_ok() {
+        ready();
+    }
+}

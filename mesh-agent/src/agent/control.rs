@@ -1,0 +1,131 @@
+//! The control loop: whatever is learnt about services and tasks becomes the next snapshot, then the kernel's image,
+//! then armed namespaces, in this order.
+//!
+//! The only writer of the snapshot. Must not decide: `mesh_core::merge` and `mesh_core::reconcile` do.
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    net::SocketAddr,
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use mesh_core::{
+    config::Config,
+    id::{ServiceName, TaskId},
+    merge::{self, Sources},
+    model::Snapshot,
+    services::ServiceSet,
+    task::Task,
+    vip::VipTable,
+};
+use tokio::sync::watch;
+
+use super::host::HostFacts;
+use crate::{
+    identity::Identities,
+    reconciler::Reconciler,
+    state::{Publisher, vip_file},
+    telemetry::metrics::Metrics,
+};
+
+/// Everything that the loop needs, and nothing that it shares but what it publishes.
+pub(super) struct Control {
+    pub config: Arc<Config>,
+    pub host: HostFacts,
+    pub publisher: Publisher,
+    pub reconciler: Reconciler,
+    pub identities: Identities,
+    /// The agent's own identity, which is kept whatever tasks there are.
+    pub own: mesh_core::id::SpiffeId,
+    pub tasks: watch::Receiver<Arc<Vec<Task>>>,
+    /// Whether docker has been asked; before that, an empty list of tasks means nothing.
+    pub connected: watch::Receiver<bool>,
+    pub sets: watch::Receiver<Vec<ServiceSet>>,
+    pub metrics: Arc<Metrics>,
+    /// Which tasks are armed, after each turn; `None` before the first.
+    pub armed: watch::Sender<Option<BTreeSet<TaskId>>>,
+    /// Services for which the range of virtual addresses has no room.
+    pub homeless: BTreeSet<ServiceName>,
+}
+
+impl Control {
+    /// Runs until the sources are gone or `stop` is told. Gives the reconciler back, with everything still armed.
+    pub(super) async fn run(mut self, mut stop: watch::Receiver<bool>) -> Reconciler {
+        let path = self.config.host.state_dir.join("vips.json");
+        let mut vips = vip_file::load(&path);
+        self.publisher.replace(Snapshot { last: self.reconciler.numbers(), ..Snapshot::default() });
+        loop {
+            let again = self.turn(&mut vips, &path);
+            let retry = async {
+                match again {
+                    Some(after) => tokio::time::sleep(after).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                changed = self.tasks.changed() => match changed {
+                    Ok(()) => self.reconciler.hurry(),
+                    Err(_gone) => break,
+                },
+                changed = self.sets.changed() => if changed.is_err() { break },
+                changed = self.connected.changed() => if changed.is_err() { break },
+                // Also when the sender is gone: then the agent is stopping too.
+                _ = stop.wait_for(|stop| *stop) => break,
+                () = retry => {}
+            }
+        }
+        self.reconciler
+    }
+
+    /// One turn. When something failed that is worth another try: after how long.
+    fn turn(&mut self, vips: &mut VipTable, path: &Path) -> Option<Duration> {
+        if !*self.connected.borrow_and_update() && self.armed.borrow().is_none() {
+            return None;
+        }
+        let tasks = self.tasks.borrow_and_update().clone();
+        let sets = self.sets.borrow_and_update().clone();
+        let sources = Sources {
+            sets: &sets,
+            tasks: &tasks,
+            enrol: &self.config.enrol,
+            cluster: &self.host.cluster,
+            trust_domain: &self.config.identity.trust_domain,
+            host: self.host.address,
+            tunnel: SocketAddr::new(self.host.address, self.config.proxy.tunnel_listen.port()),
+            zone: self.config.host.zone.as_deref(),
+        };
+        let before = vips.clone();
+        let names = merge::names(&sources);
+        vips.assign(names.iter(), self.config.vip.v4, self.config.vip.v6);
+        let homeless: BTreeSet<_> = names.into_iter().filter(|name| !vips.0.contains_key(name)).collect();
+        if homeless != self.homeless {
+            if !homeless.is_empty() {
+                let services: Vec<_> = homeless.iter().map(|name| name.as_str()).collect();
+                tracing::error!(?services, range = %self.config.vip.v4,
+                    "services have no virtual address and cannot be called by name: widen `vip.v4`");
+            }
+            self.homeless = homeless;
+        }
+        if *vips != before
+            && let Err(error) = vip_file::save(path, vips)
+        {
+            tracing::warn!(error = &error as &dyn std::error::Error, "virtual addresses are not kept");
+        }
+        let last = self.publisher.last();
+        let next = merge::merge(&last, &sources, vips);
+        if next.generation != last.generation {
+            let mut wanted: HashSet<_> = next.workloads.values().map(|workload| workload.identity.clone()).collect();
+            wanted.insert(self.own.clone());
+            self.identities.retain(&wanted);
+            self.publisher.replace(next);
+        }
+        let again = self.reconciler.turn(&tasks, &self.publisher.last());
+        for (map, entries) in self.reconciler.entries() {
+            self.metrics.kernel_map(map, entries);
+        }
+        self.armed.send_replace(Some(self.reconciler.armed_tasks()));
+        again
+    }
+}

@@ -1,0 +1,97 @@
+//! Facts about this host that the configuration leaves open.
+//!
+//! Asks the kernel and the ECS agent; must not know what the facts are for.
+
+use std::{
+    fs, io,
+    net::{IpAddr, SocketAddr, UdpSocket},
+    path::PathBuf,
+};
+
+use mesh_core::{config::Config, id::ClusterName};
+
+use crate::{
+    sys::cgroup::{self, CgroupError},
+    tasks::ecs_agent,
+};
+
+/// What is known about the host before anything is started.
+#[derive(Clone, Debug)]
+pub(super) struct HostFacts {
+    /// The address that other hosts reach this one by.
+    pub address: IpAddr,
+    pub cluster: ClusterName,
+    /// Mount point of the cgroup2 hierarchy.
+    pub cgroup_root: PathBuf,
+    /// The agent's own cgroup, by the kernel's number.
+    pub own_cgroup: u64,
+    /// The host's resolvers.
+    pub resolvers: Vec<SocketAddr>,
+}
+
+/// A fact could not be found.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    #[error("cannot tell this host's address: there is no default route; set `host.address`")]
+    Address { source: io::Error },
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+}
+
+/// Any address outside of this host and its networks (RFC 5737); nothing is sent to it.
+const SOMEWHERE: &str = "192.0.2.1:9";
+
+/// Services are also known as `<service>.<cluster>`, the form that ECS Service Connect and Cloud Map gave them.
+pub(super) fn name_after_cluster(mut config: Config, cluster: &ClusterName) -> Config {
+    let suffix = cluster.as_str().to_ascii_lowercase();
+    if !config.dns.suffixes.contains(&suffix) {
+        config.dns.suffixes.push(suffix);
+    }
+    config
+}
+
+/// The cluster of a host that no ECS agent tells.
+const NO_CLUSTER: &str = "default";
+
+/// Gathers the facts.
+///
+/// # Errors
+/// There is no default route and no configured address, or no cgroup2 hierarchy.
+pub(super) async fn facts(config: &Config) -> Result<HostFacts, HostError> {
+    let address = match config.host.address {
+        Some(address) => address,
+        None => address_of_default_route().map_err(|source| HostError::Address { source })?,
+    };
+    let cgroup_root = match &config.kernel.cgroup_root {
+        Some(root) => root.clone(),
+        None => cgroup::root()?,
+    };
+    let own_cgroup = cgroup::id(&cgroup::of_process(std::process::id(), &cgroup_root)?)?;
+    Ok(HostFacts { address, cluster: cluster(config).await, cgroup_root, own_cgroup, resolvers: resolvers() })
+}
+
+fn address_of_default_route() -> io::Result<IpAddr> {
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    socket.connect(SOMEWHERE)?;
+    Ok(socket.local_addr()?.ip())
+}
+
+async fn cluster(config: &Config) -> ClusterName {
+    if let Some(cluster) = &config.host.cluster {
+        return cluster.clone();
+    }
+    match ecs_agent::cluster(config.host.ecs_agent).await {
+        Ok(cluster) => cluster,
+        Err(error) => {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, cluster = NO_CLUSTER, "the ECS agent does not tell the cluster; set `host.cluster`");
+            NO_CLUSTER.parse().expect("a valid cluster name")
+        }
+    }
+}
+
+fn resolvers() -> Vec<SocketAddr> {
+    let Ok(text) = fs::read("/etc/resolv.conf") else { return Vec::new() };
+    let Ok(parsed) = resolv_conf::Config::parse(text) else { return Vec::new() };
+    parsed.nameservers.iter().map(|server| SocketAddr::new(server.into(), 53)).collect()
+}

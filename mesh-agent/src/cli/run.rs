@@ -1,0 +1,63 @@
+//! `run`: the daemon.
+
+use std::{path::PathBuf, sync::Arc};
+
+use anyhow::Context as _;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{check, config, notify::Notify};
+use crate::{
+    agent,
+    sys::probe::{self, Settings, Verdict},
+    telemetry::{self, Telemetry},
+};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Configuration file; `mesh-agent config default` prints one.
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+}
+
+/// Runs the agent until it is told to stop, by SIGTERM or SIGINT.
+///
+/// # Errors
+/// The configuration has faults, or the agent cannot start.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let config = config::load(&args.config)?;
+    telemetry::init(&config.log)?;
+    preflight(&check::settings(&config))?;
+    let telemetry = Telemetry::new(&config.log).context("cannot start the access log")?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
+    runtime.block_on(async {
+        let notify = Arc::new(Notify::from_env());
+        let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+        let stop = async {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            notify.stopping();
+        };
+        let ready = {
+            let notify = notify.clone();
+            move || {
+                tracing::info!("ready");
+                notify.ready();
+            }
+        };
+        agent::run(config, telemetry, ready, stop).await?;
+        Ok(())
+    })
+}
+
+/// Refuses to start on a host that cannot run the agent, before anything is attached. Docker may come later.
+fn preflight(settings: &Settings) -> anyhow::Result<()> {
+    let findings = probe::all(settings);
+    let failed = findings.iter().filter(|finding| finding.verdict == Verdict::Fail && finding.name != probe::DOCKER);
+    let lines: String = failed.map(|finding| format!("\n  {finding}")).collect();
+    anyhow::ensure!(lines.is_empty(), "this host cannot run the agent (`mesh-agent check` shows everything):{lines}");
+    Ok(())
+}

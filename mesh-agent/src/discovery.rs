@@ -1,0 +1,163 @@
+//! Where services and endpoints come from: runs the configured backends and hands their sets on, in precedence order.
+//!
+//! The seam for registries: a backend is a task that sends [`Report`]s on one channel. Sets are not merged here (that
+//! is `mesh-core::merge`). Must not know what a set is used for.
+
+pub mod static_file;
+
+use std::{collections::BTreeMap, fmt, path::PathBuf, time::SystemTime};
+
+use mesh_core::{config::Fault, services::ServiceSet};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+
+/// A backend as configured. The order of backends is their precedence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Backend {
+    /// The file of services, endpoints and policy.
+    StaticFile { path: PathBuf },
+}
+
+/// Names a backend: its place in the order of precedence, from 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SourceId(pub usize);
+
+/// What a backend has to say: a new set, or why there is none.
+#[derive(Debug)]
+pub struct Report {
+    pub source: SourceId,
+    pub outcome: Result<ServiceSet, SourceError>,
+}
+
+/// A backend could not give a set. The last good one stays.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    #[error("cannot read {}: see that it exists and that the agent may read it", .path.display())]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("{} is not valid, the last good version stays in use: {}", .path.display(), list(.faults))]
+    Invalid { path: PathBuf, faults: Vec<Fault> },
+    #[error("cannot watch {}: is fs.inotify.max_user_watches exhausted?", .path.display())]
+    Watch { path: PathBuf, source: notify::Error },
+}
+
+/// How a backend is doing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceStatus {
+    pub backend: Backend,
+    /// When the set in use was loaded; `None`: never.
+    pub loaded_at: Option<SystemTime>,
+    /// Why the newest attempt gave no set; `None`: it did.
+    pub error: Option<String>,
+}
+
+/// The running backends. They stop when this is dropped.
+pub struct Discovery {
+    /// One set per backend, in precedence order; empty where a backend has had nothing to say yet.
+    pub sets: watch::Receiver<Vec<ServiceSet>>,
+    /// In precedence order.
+    pub status: watch::Receiver<Vec<SourceStatus>>,
+    _running: JoinSet<()>,
+}
+
+/// Runs `backends`. What a file holds now is there when this returns.
+pub fn run(backends: Vec<Backend>) -> Discovery {
+    let (reports, mut incoming) = mpsc::channel::<Report>(16);
+    let mut collected = Collected::new(&backends);
+    let mut running = JoinSet::new();
+    for (place, backend) in backends.into_iter().enumerate() {
+        let source = SourceId(place);
+        match backend {
+            Backend::StaticFile { path } => {
+                let mut file = static_file::StaticFile::new(path, source);
+                if let Some(report) = file.load() {
+                    collected.take(report, SystemTime::now());
+                }
+                running.spawn(file.watch(reports.clone()));
+            }
+        }
+    }
+    drop(reports);
+    let (sets_sender, sets) = watch::channel(collected.sets());
+    let (status_sender, status) = watch::channel(collected.status.clone());
+    running.spawn(async move {
+        while let Some(report) = incoming.recv().await {
+            let changed = collected.take(report, SystemTime::now());
+            status_sender.send_replace(collected.status.clone());
+            if changed {
+                sets_sender.send_replace(collected.sets());
+            }
+        }
+    });
+    Discovery { sets, status, _running: running }
+}
+
+/// The last good set of every backend.
+struct Collected {
+    by_source: BTreeMap<SourceId, ServiceSet>,
+    status: Vec<SourceStatus>,
+}
+
+impl Collected {
+    fn new(backends: &[Backend]) -> Self {
+        let status = backends
+            .iter()
+            .map(|backend| SourceStatus { backend: backend.clone(), loaded_at: None, error: None })
+            .collect();
+        let by_source = (0..backends.len()).map(|place| (SourceId(place), ServiceSet::default())).collect();
+        Self { by_source, status }
+    }
+
+    /// Whether a set changed.
+    fn take(&mut self, report: Report, now: SystemTime) -> bool {
+        let Some(status) = self.status.get_mut(report.source.0) else { return false };
+        match report.outcome {
+            Ok(set) => {
+                status.loaded_at = Some(now);
+                status.error = None;
+                tracing::info!(source = %status.backend, services = set.services.len(), "services loaded");
+                self.by_source.insert(report.source, set.clone()).is_none_or(|last| last != set)
+            }
+            Err(error) => {
+                tracing::warn!(source = %status.backend, error = &error as &dyn std::error::Error, "services not loaded");
+                if let SourceError::Invalid { faults, .. } = &error {
+                    for fault in faults {
+                        tracing::warn!(source = %status.backend, path = fault.path, problem = fault.problem,
+                            remedy = fault.remedy, "fault in the services file");
+                    }
+                }
+                status.error = Some(chain(&error));
+                false
+            }
+        }
+    }
+
+    fn sets(&self) -> Vec<ServiceSet> {
+        self.by_source.values().cloned().collect()
+    }
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::StaticFile { path } => write!(f, "file {}", path.display()),
+        }
+    }
+}
+
+/// An error and its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+fn list(faults: &[Fault]) -> String {
+    faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}

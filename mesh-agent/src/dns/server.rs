@@ -1,0 +1,285 @@
+//! The listeners of one namespace: who asks what, and in which order it is worked on. A slow resolver delays only who
+//! asked it; garbage costs only who sent it.
+//!
+//! Knows the snapshot's readers and the core's answers; must not know a message's bytes.
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use mesh_core::resolve::{self, Naming};
+use nix::sys::socket::{setsockopt, sockopt};
+use tokio::{
+    net::{TcpListener, TcpStream, UdpSocket},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+use tracing::{debug, warn};
+
+use super::{
+    Context, Listeners,
+    forward::{self, read_message, write_message},
+    wire::{self, Query, Received, Transport},
+};
+
+/// Most queries of one namespace that wait for a resolver.
+const IN_FLIGHT: usize = 512;
+/// Most TCP connections of one namespace.
+const CONNECTIONS: usize = 256;
+/// Replies of one TCP connection that wait to be written.
+const PIPELINE: usize = 64;
+/// A TCP connection on which nothing is asked, or nothing is read, for so long is closed (RFC 7766 §6.2.3).
+const IDLE: Duration = Duration::from_secs(10);
+/// Room for a burst of queries while the agent is busy.
+const RECEIVE_BUFFER: usize = 4 << 20;
+/// Pause after an error of the socket itself, such as no more file descriptors.
+const BREATH: Duration = Duration::from_millis(50);
+
+/// A server could not be started.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot serve DNS in a task namespace: the sockets must be non-blocking and bound")]
+pub struct ServeError {
+    #[from]
+    source: io::Error,
+}
+
+/// Serves one namespace until the returned future is dropped; everything under way ends with it.
+///
+/// # Errors
+/// A socket cannot be used. Nothing has been served.
+pub async fn serve(context: Context, listeners: Listeners) -> Result<(), ServeError> {
+    let udp = listeners.udp.into_iter().map(UdpSocket::from_std).collect::<Result<Vec<_>, _>>()?;
+    let tcp = listeners.tcp.into_iter().map(TcpListener::from_std).collect::<Result<Vec<_>, _>>()?;
+    let mut own = Vec::new();
+    for socket in &udp {
+        own.push(socket.local_addr()?);
+        // Beyond the administrator's limit where we may, up to it where we may not.
+        if setsockopt(socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err()
+            && let Err(error) = setsockopt(socket, sockopt::RcvBuf, &RECEIVE_BUFFER)
+        {
+            debug!(%error, "dns receive buffer stays small");
+        }
+    }
+    for socket in &tcp {
+        own.push(socket.local_addr()?);
+    }
+    let shared = Arc::new(Shared { context, own, slots: Arc::new(Semaphore::new(IN_FLIGHT)) });
+    let mut loops = JoinSet::new();
+    for socket in udp {
+        loops.spawn(datagrams(shared.clone(), Arc::new(socket)));
+    }
+    for socket in tcp {
+        loops.spawn(connections(shared.clone(), socket));
+    }
+    while loops.join_next().await.is_some() {}
+    Ok(())
+}
+
+/// What all listeners of a namespace share.
+struct Shared {
+    context: Context,
+    /// Our own addresses, to which nothing may be forwarded.
+    own: Vec<SocketAddr>,
+    slots: Arc<Semaphore>,
+}
+
+/// What to do about a message.
+enum Step {
+    Say(Vec<u8>),
+    Forward(Box<Query>, OwnedSemaphorePermit),
+    Ignore,
+}
+
+async fn datagrams(shared: Arc<Shared>, socket: Arc<UdpSocket>) {
+    let mut under_way = JoinSet::new();
+    let mut buffer = vec![0; wire::TCP_MOST];
+    loop {
+        let (bytes, peer) = tokio::select! {
+            received = socket.recv_from(&mut buffer) => match received {
+                Ok((length, peer)) => (buffer.get(..length).unwrap_or_default(), peer),
+                Err(error) => {
+                    debug!(%error, "dns datagram not received");
+                    sleep(BREATH).await;
+                    continue;
+                }
+            },
+            Some(_) = under_way.join_next() => continue,
+        };
+        match shared.step(bytes, Transport::Udp) {
+            Step::Say(reply) => say(&socket, &reply, peer).await,
+            Step::Ignore => {}
+            Step::Forward(query, slot) => {
+                // At once: with its next query the client may ask another resolver from the same port.
+                let original = shared.context.originals.find(Transport::Udp, peer);
+                let (shared, socket, bytes) = (shared.clone(), socket.clone(), bytes.to_vec());
+                under_way.spawn(async move {
+                    let reply = shared.forward(&query, &bytes, Transport::Udp, original).await;
+                    say(&socket, &reply, peer).await;
+                    drop(slot);
+                });
+            }
+        }
+    }
+}
+
+async fn say(socket: &UdpSocket, reply: &[u8], peer: SocketAddr) {
+    if let Err(error) = socket.send_to(reply, peer).await {
+        debug!(src.addr = %peer, %error, "dns reply not sent");
+    }
+}
+
+async fn connections(shared: Arc<Shared>, listener: TcpListener) {
+    let mut open = JoinSet::new();
+    loop {
+        let (stream, peer) = tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    debug!(%error, "dns connection not accepted");
+                    sleep(BREATH).await;
+                    continue;
+                }
+            },
+            Some(_) = open.join_next() => continue,
+        };
+        // Also for a connection that is turned away: asking is what removes the record.
+        let original = shared.context.originals.find(Transport::Tcp, peer);
+        if open.len() >= CONNECTIONS {
+            count(&shared.context.counters.overload);
+            warn!(src.addr = %peer, limit = CONNECTIONS, "too many dns connections from one namespace, closed the newest");
+            continue;
+        }
+        open.spawn(connection(shared.clone(), stream, original));
+    }
+}
+
+/// Queries of one connection are worked on together and answered as they get ready (RFC 7766 §6.2.1.1).
+async fn connection(shared: Arc<Shared>, stream: TcpStream, original: Option<SocketAddr>) {
+    let (mut reader, mut writer) = stream.into_split();
+    let (replies, mut ready) = mpsc::channel::<Vec<u8>>(PIPELINE);
+    let read = async {
+        let mut under_way = JoinSet::new();
+        while let Ok(Ok(Some(bytes))) = timeout(IDLE, read_message(&mut reader)).await {
+            while under_way.try_join_next().is_some() {}
+            match shared.step(&bytes, Transport::Tcp) {
+                Step::Ignore => break,
+                Step::Say(reply) => {
+                    if replies.send(reply).await.is_err() {
+                        break;
+                    }
+                }
+                Step::Forward(query, slot) => {
+                    let (shared, replies) = (shared.clone(), replies.clone());
+                    under_way.spawn(async move {
+                        let reply = shared.forward(&query, &bytes, Transport::Tcp, original).await;
+                        drop(slot);
+                        // The writer is gone only with the connection.
+                        replies.send(reply).await.ok();
+                    });
+                }
+            }
+        }
+        while under_way.join_next().await.is_some() {}
+        drop(replies);
+    };
+    let write = async {
+        while let Some(reply) = ready.recv().await {
+            if !matches!(timeout(IDLE, write_message(&mut writer, &reply)).await, Ok(Ok(()))) {
+                return;
+            }
+        }
+    };
+    // A client that no longer reads is not read from either.
+    tokio::pin!(write);
+    tokio::select! {
+        () = read => write.await,
+        () = &mut write => {}
+    }
+}
+
+impl Shared {
+    /// Decides what to do about a message. Quick: no waiting here.
+    fn step(&self, bytes: &[u8], transport: Transport) -> Step {
+        let counters = &self.context.counters;
+        let query = match wire::parse(bytes, transport) {
+            Received::Query(query) => query,
+            Received::Faulty(reply) => {
+                count(&counters.garbage);
+                return Step::Say(reply);
+            }
+            Received::Garbage => {
+                count(&counters.garbage);
+                return Step::Ignore;
+            }
+        };
+        if let Some(question) = query.question {
+            let config = &self.context.config;
+            let naming = Naming { suffixes: &config.suffixes, ttl: config.ttl, ipv6: config.ipv6 };
+            let snapshot = self.context.published.load();
+            let answer = resolve::answer(&snapshot, &naming, &query.name, question);
+            if let Some(reply) = query.reply(&answer, snapshot.generation) {
+                count(&counters.mesh);
+                return Step::Say(reply);
+            }
+        }
+        match self.slots.clone().try_acquire_owned() {
+            Ok(slot) => Step::Forward(query, slot),
+            Err(_) => {
+                count(&counters.overload);
+                Step::Say(query.server_failure())
+            }
+        }
+    }
+
+    /// The resolver's reply, or ours that there is none.
+    async fn forward(
+        &self,
+        query: &Query,
+        bytes: &[u8],
+        transport: Transport,
+        original: Option<SocketAddr>,
+    ) -> Vec<u8> {
+        let Context { config, netns, fallback, counters, .. } = &self.context;
+        let original = original.filter(|resolver| !self.is_own(*resolver));
+        // The host's resolvers are to be asked as the host does: 127.0.0.53 is nobody in a task's namespace.
+        let (resolvers, netns) = match &original {
+            Some(resolver) => (std::slice::from_ref(resolver), netns.as_ref()),
+            None => (&**fallback, None),
+        };
+        let share = config.upstream_timeout / u32::try_from(resolvers.len().max(1)).unwrap_or(1);
+        for resolver in resolvers.iter().filter(|resolver| !self.is_own(**resolver)) {
+            match forward::ask(query, bytes, transport, *resolver, netns, share).await {
+                Ok(reply) => {
+                    count(&counters.forwarded);
+                    return reply;
+                }
+                Err(error) => {
+                    debug!(dst.addr = %resolver, error = &error as &dyn std::error::Error, "dns query not answered")
+                }
+            }
+        }
+        count(&counters.failed);
+        query.server_failure()
+    }
+
+    fn is_own(&self, resolver: SocketAddr) -> bool {
+        let ip = resolver.ip().to_canonical();
+        self.own.iter().any(|own| {
+            own.port() == resolver.port() && (own.ip() == ip || own.ip().is_unspecified() && ip.is_loopback())
+        })
+    }
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,153 @@
+//! Carries the tasks' connections: [`outbound::serve`] for what a task opens, [`inbound::handle`] for what arrives by
+//! tunnel.
+//!
+//! [`Proxy`] is what both share. `mesh-core` decides (`plan`), this performs: `route` turns a plan into a connected
+//! [`wire`], `copy` moves bytes, `http` moves requests, `detect` says which of the two; `loads` remembers what the
+//! balancer wants to know. Must not know where the snapshot comes from, nor when a namespace is armed.
+
+pub mod inbound;
+pub mod outbound;
+pub mod places;
+
+mod copy;
+mod detect;
+mod http;
+mod loads;
+mod route;
+mod seen;
+mod wire;
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use mesh_core::{balance::Load, model::EndpointId};
+use tokio::sync::watch;
+
+use crate::{state::Published, telemetry::Telemetry, transport::dial::Dialer};
+use http::pool::Pool;
+use loads::Loads;
+use places::Namespaces;
+use seen::Seen;
+
+/// How often idle upstream connections are looked through.
+const SWEEP: Duration = Duration::from_secs(1);
+
+/// What every connection needs. One per agent, shared.
+pub struct Proxy {
+    published: Published,
+    dialer: Dialer,
+    namespaces: Arc<Namespaces>,
+    telemetry: Telemetry,
+    connect_timeout: Duration,
+    loads: Loads,
+    pool: Pool,
+    seen: Seen,
+    clock: Instant,
+    /// True from the moment on which no new work is taken.
+    drain: watch::Sender<bool>,
+    /// Connections under way.
+    live: watch::Sender<usize>,
+}
+
+/// Counts a connection as under way until it is dropped.
+struct Live(Arc<Proxy>);
+
+impl Proxy {
+    /// A proxy without listeners. `connect_timeout` is for one attempt at one endpoint.
+    pub fn new(
+        published: Published,
+        dialer: Dialer,
+        namespaces: Arc<Namespaces>,
+        telemetry: Telemetry,
+        connect_timeout: Duration,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            published,
+            dialer,
+            namespaces,
+            telemetry,
+            connect_timeout,
+            loads: Loads::default(),
+            pool: Pool::default(),
+            seen: Seen::default(),
+            clock: Instant::now(),
+            drain: watch::Sender::new(false),
+            live: watch::Sender::new(0),
+        })
+    }
+
+    /// Keeps house until the writer of snapshots is gone: forgets endpoints that have left, closes idle upstreams,
+    /// publishes the snapshot's figures. To be spawned once.
+    pub async fn keep_house(self: Arc<Self>) {
+        let mut published = self.published.clone();
+        loop {
+            let snapshot = published.load();
+            self.telemetry.metrics.snapshot(&snapshot);
+            self.loads.retain_known(&snapshot);
+            self.seen.retain_known(&snapshot);
+            loop {
+                tokio::select! {
+                    changed = published.changed() => match changed {
+                        Ok(()) => break,
+                        Err(_gone) => return,
+                    },
+                    () = tokio::time::sleep(SWEEP) => self.pool.sweep(),
+                }
+            }
+        }
+    }
+
+    /// Takes no new connection from now on; HTTP connections end after their present request.
+    pub fn drain(&self) {
+        self.drain.send_replace(true);
+        self.pool.clear();
+    }
+
+    /// Waits until no connection is under way.
+    pub async fn idle(&self) {
+        let mut live = self.live.subscribe();
+        // The sender lives in `self`.
+        drop(live.wait_for(|live| *live == 0).await);
+    }
+
+    /// How many connections are under way.
+    pub fn connections(&self) -> usize {
+        *self.live.borrow()
+    }
+
+    /// What is known of an endpoint's load.
+    pub fn load(&self, endpoint: &EndpointId) -> Load {
+        self.loads.load(endpoint)
+    }
+
+    /// Monotonic time since the proxy was made; the time in [`Load`].
+    pub fn now(&self) -> Duration {
+        self.clock.elapsed()
+    }
+
+    /// A uniformly drawn number, for the balancer.
+    pub fn draw(&self) -> u64 {
+        draw()
+    }
+
+    fn live(self: &Arc<Self>) -> Live {
+        self.live.send_modify(|live| *live += 1);
+        Live(self.clone())
+    }
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.0.live.send_modify(|live| *live -= 1);
+    }
+}
+
+/// A uniformly drawn number. Good enough to balance by; no secret depends on it.
+fn draw() -> u64 {
+    fastrand::u64(..)
+}

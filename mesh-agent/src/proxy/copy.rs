@@ -1,0 +1,278 @@
+//! Bytes both ways, with TCP's own meaning: half-close each way, resets, backpressure; nothing lost or reordered.
+//!
+//! Memory is bounded by what one read can bring: a direction reads only when everything before has been written.
+//! Reads go through a buffer that the thread owns, so an idle connection holds no buffer at all; only what the
+//! destination did not take at once is kept. No timeout: an idle connection stays.
+//!
+//! ```text
+//! direction:  open ──read EOF──► shut down the other side ──► ended
+//!             open ──read fails──► reset both                (the source is gone: nobody is left to read)
+//!             open ──write fails──► failed; the opposite direction drains what had been sent, then both are reset
+//! after EOF of a side nothing reads from it, so its errors are watched for: a reset then resets both
+//! ```
+//!
+//! Must not know which end is whose, nor why they are connected.
+
+use std::{
+    cell::RefCell,
+    future::{Future, poll_fn},
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Buf as _, Bytes};
+use tokio::{
+    io::{AsyncRead as _, AsyncWrite as _, Interest, ReadBuf},
+    net::TcpStream,
+};
+
+use super::wire::{self, Socket, Wire};
+use crate::{
+    telemetry::{access::Counts, metrics::Outcome},
+    transport::tunnel::Tunnel,
+};
+
+/// Size of a read: small at first, so that a slow destination holds little; then growing with the stream.
+const FIRST_READ: usize = 16 << 10;
+const LARGE_READ: usize = 64 << 10;
+const LARGEST_READ: usize = 256 << 10;
+/// Bytes after which reads become large, and largest.
+const LARGE_AFTER: u64 = 128 << 10;
+const LARGEST_AFTER: u64 = 10 << 20;
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Copies until both directions have ended, and says whether they ended in order. `source` is the end that connected;
+/// what it sends is counted as sent. When the task at either end has gone, both are reset.
+pub(super) async fn both_ways(source: Wire, destination: Wire, counts: &Counts) -> Outcome {
+    let mut forth = Flow::new(source.early);
+    let mut back = Flow::new(destination.early);
+    let (source_gone, destination_gone) = (wire::gone(source.gone), wire::gone(destination.gone));
+    let (mut source, mut destination) = (End::from(source.socket), End::from(destination.socket));
+    let copied = poll_fn(|cx| {
+        if forth.poll(cx, &mut source, &mut destination, |n| counts.add_sent(n)).is_err()
+            || back.poll(cx, &mut destination, &mut source, |n| counts.add_received(n)).is_err()
+        {
+            return Poll::Ready(Outcome::Reset);
+        }
+        match (forth.state, back.state) {
+            (State::Ended, State::Ended) => return Poll::Ready(Outcome::Ok),
+            (State::Ended | State::Failed, State::Ended | State::Failed) => return Poll::Ready(Outcome::Reset),
+            (State::Open, _) | (_, State::Open) => {}
+        }
+        if source.poll_broken(cx).is_ready() || destination.poll_broken(cx).is_ready() {
+            return Poll::Ready(Outcome::Reset);
+        }
+        Poll::Pending
+    });
+    let ended = tokio::select! {
+        biased;
+        ended = copied => ended,
+        () = source_gone => Outcome::Reset,
+        () = destination_gone => Outcome::Reset,
+    };
+    if ended != Outcome::Ok {
+        source.reset();
+        destination.reset();
+    }
+    ended
+}
+
+/// One direction.
+struct Flow {
+    /// Read and not yet written.
+    left: Bytes,
+    eof: bool,
+    state: State,
+    total: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Open,
+    /// The source has ended, and the destination has been told.
+    Ended,
+    /// The destination takes no more.
+    Failed,
+}
+
+/// The source of a direction was reset.
+struct Broken;
+
+impl Flow {
+    fn new(left: Bytes) -> Self {
+        Self { left, eof: false, state: State::Open, total: 0 }
+    }
+
+    /// Goes on as far as possible. What it waits for is registered with `cx`.
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut End,
+        to: &mut End,
+        count: impl Fn(usize),
+    ) -> Result<(), Broken> {
+        while self.state == State::Open {
+            if !self.left.is_empty() {
+                match to.poll_write(cx, &self.left) {
+                    Poll::Ready(Ok(n)) if n > 0 => {
+                        self.left.advance(n);
+                        self.total += n as u64;
+                        count(n);
+                    }
+                    Poll::Ready(Ok(_) | Err(_)) => self.state = State::Failed,
+                    Poll::Pending => return Ok(()),
+                }
+            } else if self.eof {
+                match to.poll_shutdown(cx) {
+                    Poll::Ready(Ok(())) => self.state = State::Ended,
+                    Poll::Ready(Err(_)) => self.state = State::Failed,
+                    Poll::Pending => return Ok(()),
+                }
+            } else {
+                // Keeps memory of the last write from outliving it.
+                self.left = Bytes::new();
+                match self.poll_pass(cx, from, to, &count) {
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(_)) => return Err(Broken),
+                    Poll::Pending => return Ok(()),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads once, and writes as much of it as is taken at once.
+    fn poll_pass(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut End,
+        to: &mut End,
+        count: &impl Fn(usize),
+    ) -> Poll<io::Result<()>> {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let size = match self.total {
+                0..LARGE_AFTER => FIRST_READ,
+                LARGE_AFTER..LARGEST_AFTER => LARGE_READ,
+                LARGEST_AFTER.. => LARGEST_READ,
+            };
+            if scratch.len() < size {
+                scratch.resize(size, 0);
+            }
+            let mut buf = ReadBuf::new(&mut scratch[..size]);
+            ready!(from.poll_read(cx, &mut buf))?;
+            let mut read = buf.filled();
+            if read.is_empty() {
+                self.eof = true;
+                from.ended();
+                return Poll::Ready(Ok(()));
+            }
+            match to.poll_write(cx, read) {
+                Poll::Ready(Ok(n)) if n > 0 => {
+                    self.total += n as u64;
+                    count(n);
+                    read = &read[n..];
+                }
+                Poll::Ready(Ok(_) | Err(_)) => {
+                    self.state = State::Failed;
+                    return Poll::Ready(Ok(()));
+                }
+                Poll::Pending => {}
+            }
+            if !read.is_empty() {
+                self.left = Bytes::copy_from_slice(read);
+            }
+            Poll::Ready(Ok(()))
+        })
+    }
+}
+
+/// One side of the copy.
+enum End {
+    Tcp(TcpStream),
+    /// Has sent its end; it is written to, and watched for errors.
+    Listening(Arc<TcpStream>, Pin<Box<dyn Future<Output = ()> + Send>>),
+    Tunnel(Box<Tunnel>),
+    /// Only while it changes from one to another.
+    Moving,
+}
+
+impl From<Socket> for End {
+    fn from(socket: Socket) -> Self {
+        match socket {
+            Socket::Tcp(stream) => Self::Tcp(stream),
+            Socket::Tunnel(tunnel) => Self::Tunnel(tunnel),
+        }
+    }
+}
+
+impl End {
+    fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Tunnel(tunnel) => Pin::new(tunnel).poll_read(cx, buf),
+            Self::Listening(..) | Self::Moving => Poll::Ready(Ok(())),
+        }
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        match self {
+            Self::Tcp(stream) => Pin::new(stream).poll_write(cx, data),
+            Self::Tunnel(tunnel) => Pin::new(tunnel).poll_write(cx, data),
+            Self::Listening(stream, _) => loop {
+                ready!(stream.poll_write_ready(cx))?;
+                match stream.try_write(data) {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    done => return Poll::Ready(done),
+                }
+            },
+            Self::Moving => Poll::Ready(Ok(0)),
+        }
+    }
+
+    fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Tunnel(tunnel) => Pin::new(tunnel).poll_shutdown(cx),
+            Self::Listening(stream, _) => {
+                Poll::Ready(socket2::SockRef::from(&**stream).shutdown(std::net::Shutdown::Write))
+            }
+            Self::Moving => Poll::Ready(Ok(())),
+        }
+    }
+
+    /// It has sent its end, so that no read will tell of a reset any more.
+    fn ended(&mut self) {
+        if let Self::Tcp(_) = self
+            && let Self::Tcp(stream) = std::mem::replace(self, Self::Moving)
+        {
+            let stream = Arc::new(stream);
+            let watched = stream.clone();
+            let broken = Box::pin(async move { drop(watched.ready(Interest::ERROR).await) });
+            *self = Self::Listening(stream, broken);
+        }
+    }
+
+    fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match self {
+            Self::Listening(_, broken) => broken.as_mut().poll(cx),
+            Self::Tcp(_) | Self::Tunnel(_) | Self::Moving => Poll::Pending,
+        }
+    }
+
+    fn reset(self) {
+        match self {
+            Self::Tcp(stream) => wire::reset(&stream),
+            Self::Listening(stream, _) => wire::reset(&stream),
+            // A tunnel that is dropped unfinished is reset.
+            Self::Tunnel(_) | Self::Moving => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

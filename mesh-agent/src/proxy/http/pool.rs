@@ -1,0 +1,155 @@
+//! Idle upstream connections, by endpoint and source identity.
+//!
+//! Reused for 3 s only: an HTTP server may close an idle connection at any moment, and a request must not be lost to
+//! that race more often than needed. Must not know what was or will be sent on them.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper_util::rt::TokioIo;
+use mesh_core::{id::SpiffeId, model::EndpointId, plan::Delivery};
+
+use super::{answer::Upload, parting::Parting};
+use crate::proxy::{
+    Proxy,
+    route::{Route, Upstream},
+    wire::{self, Wire},
+};
+
+/// Shorter than the keep-alive of every common server.
+const IDLE: Duration = Duration::from_secs(3);
+/// Idle connections kept per endpoint and source.
+const MAX_IDLE: usize = 1024;
+/// Locks over which the endpoints are spread.
+const SHARDS: usize = 16;
+
+/// An upstream connection that takes a request now.
+pub(super) type Sender = SendRequest<Upload>;
+
+/// Where a connection is put back.
+#[derive(Clone)]
+pub(super) struct Slot {
+    pub(super) endpoint: EndpointId,
+    pub(super) source: SpiffeId,
+    /// How it was made. A plan that wants another way, plaintext or mTLS, must not get it.
+    pub(super) delivery: Delivery,
+}
+
+/// The idle connections of all endpoints.
+#[derive(Default)]
+pub(in crate::proxy) struct Pool {
+    shards: [Mutex<Shard>; SHARDS],
+}
+
+#[derive(Default)]
+struct Shard(HashMap<(EndpointId, SpiffeId), Vec<Idle>>);
+
+struct Idle {
+    sender: Sender,
+    delivery: Delivery,
+    since: Instant,
+}
+
+impl Pool {
+    /// The connection that was used last, if one is fit.
+    pub(super) fn take(&self, slot: &Slot) -> Option<Sender> {
+        let mut shard = self.shard(&slot.endpoint);
+        let idle = shard.0.get_mut(&(slot.endpoint.clone(), slot.source.clone()))?;
+        while let Some(Idle { sender, delivery, since }) = idle.pop() {
+            if sender.is_ready() && delivery == slot.delivery && since.elapsed() < IDLE {
+                return Some(sender);
+            }
+        }
+        None
+    }
+
+    fn put(&self, slot: Slot, sender: Sender) {
+        let mut shard = self.shard(&slot.endpoint);
+        let idle = shard.0.entry((slot.endpoint, slot.source)).or_default();
+        if idle.len() < MAX_IDLE {
+            idle.push(Idle { sender, delivery: slot.delivery, since: Instant::now() });
+        }
+    }
+
+    /// Closes what has been idle for too long.
+    pub(in crate::proxy) fn sweep(&self) {
+        for shard in &self.shards {
+            shard.lock().unwrap_or_else(PoisonError::into_inner).0.retain(|_, idle| {
+                idle.retain(|idle| idle.since.elapsed() < IDLE && !idle.sender.is_closed());
+                !idle.is_empty()
+            });
+        }
+    }
+
+    /// Closes everything.
+    pub(in crate::proxy) fn clear(&self) {
+        for shard in &self.shards {
+            shard.lock().unwrap_or_else(PoisonError::into_inner).0.clear();
+        }
+    }
+
+    fn shard(&self, endpoint: &EndpointId) -> MutexGuard<'_, Shard> {
+        // FNV-1a: spreads addresses well enough.
+        let hash = endpoint
+            .0
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+        let index = (hash >> 32) as usize % SHARDS;
+        self.shards[index].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Puts a connection back when it is fit for another request; it may still have to finish an upload.
+pub(super) fn give_back(proxy: &Arc<Proxy>, slot: Slot, mut sender: Sender) {
+    if *proxy.drain.borrow() || sender.is_closed() {
+        return;
+    }
+    if sender.is_ready() {
+        proxy.pool.put(slot, sender);
+        return;
+    }
+    let proxy = proxy.clone();
+    tokio::spawn(async move {
+        if sender.ready().await.is_ok() {
+            proxy.pool.put(slot, sender);
+        }
+    });
+}
+
+/// Begins HTTP on a connected upstream.
+///
+/// # Errors
+/// The connection ended at once.
+pub(super) async fn handshake(wire: Wire) -> hyper::Result<Sender> {
+    let gone = wire.gone.clone();
+    let (sender, connection) =
+        http1::Builder::new().preserve_header_case(true).handshake(TokioIo::new(Parting::new(wire))).await?;
+    tokio::spawn(async move {
+        tokio::select! {
+            ended = connection.with_upgrades() => {
+                if let Err(error) = ended {
+                    tracing::debug!(%error, "an upstream HTTP connection ended early");
+                }
+            }
+            () = wire::gone(gone) => tracing::debug!("an upstream HTTP connection ended with its task"),
+        }
+    });
+    Ok(sender)
+}
+
+/// Makes a connection that was opened ahead an idle one.
+pub(super) async fn donate(route: &Route, spare: Upstream) {
+    let slot = Slot {
+        endpoint: spare.plan.endpoint.id.clone(),
+        source: route.source.identity.clone(),
+        delivery: spare.plan.delivery,
+    };
+    // One that has ended meanwhile is no loss.
+    if let Ok(sender) = handshake(spare.wire).await {
+        give_back(&route.proxy, slot, sender);
+    }
+}

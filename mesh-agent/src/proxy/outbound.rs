@@ -1,0 +1,334 @@
+//! What a task opens: accept, find out where it meant to go and what it speaks, carry it there.
+//!
+//! ```text
+//! accept → original destination → service port
+//!   protocol tcp  → plan, connect, copy
+//!   protocol http → requests, each planned by itself; HTTP/2 that the client begins unasked → copy
+//!   protocol auto → whichever side speaks first decides:
+//!       client, a request line   → requests; an upstream already open becomes the first pooled one
+//!       client, anything else    → copy
+//!       server, or either ends   → copy
+//! ```
+//!
+//! Detection never stalls: the upstream is opened at the latest when the port's patience (see `seen`) is over, and from
+//! then on both sides are listened to. A client that stops in the middle of something like a request line is given up
+//! as HTTP after [`PAUSE`]. Must not know how requests are carried, nor bytes.
+
+use std::{future::poll_fn, net::SocketAddr, sync::Arc, time::Duration};
+
+use bytes::BytesMut;
+use mesh_common::refusal::Refusal;
+use mesh_core::{
+    addr::OrigDst,
+    model::{Protocol as Spoken, Workload},
+    plan,
+};
+use tokio::{
+    io::AsyncReadExt as _,
+    net::{TcpListener, TcpStream},
+    task::JoinSet,
+};
+
+use super::{
+    Proxy, copy,
+    detect::{self, Verdict},
+    http,
+    route::{self, Route, Upstream},
+    seen::Spoke,
+    wire::{self, Wire},
+};
+use crate::{
+    sys::flows::Flows,
+    telemetry::{
+        access::{Access, Destination, Source},
+        metrics::{Direction, Outcome, Protocol},
+    },
+};
+
+/// A client that has begun something like a request line and pauses for this long speaks something else.
+const PAUSE: Duration = Duration::from_millis(200);
+/// Pause after the system has refused to accept, usually for want of file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Most requests' heads fit.
+const FIRST_READ: usize = 2048;
+
+/// Whose connections a listener takes.
+#[derive(Clone)]
+pub struct Place {
+    /// Cookie of the namespace that the listener is in.
+    pub netns: u64,
+    pub who: Who,
+    pub originals: Originals,
+}
+
+/// Which task opened a connection.
+#[derive(Clone)]
+pub enum Who {
+    /// The only task of the namespace.
+    Task(Arc<Workload>),
+    /// The kernel says, by workload number: the host's namespace.
+    ByNumber,
+}
+
+/// Where a connection was meant to go.
+#[derive(Clone)]
+pub enum Originals {
+    /// As the connect hooks recorded it.
+    Kernel(Flows),
+    /// Always to the same address: a listener that stands for one service, without hooks.
+    Fixed(SocketAddr),
+}
+
+/// Accepts on `listener` until the proxy drains, then returns when the last connection has ended. Dropping the future
+/// closes the listener and cuts its connections: a socket of ours would keep the namespace of a task alive that has
+/// gone.
+pub async fn serve(proxy: Arc<Proxy>, listener: TcpListener, place: Place) {
+    if let Err(error) = wire::tune(&listener) {
+        tracing::warn!(%error, "cannot set socket options on a listener");
+    }
+    let place = Arc::new(place);
+    let mut drain = proxy.drain.subscribe();
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            Some(_ended) = connections.join_next() => continue,
+            // The sender lives in the proxy that we hold.
+            _ = drain.wait_for(|drain| *drain) => break,
+        };
+        match accepted {
+            Ok((client, peer)) => {
+                connections.spawn(carry(proxy.clone(), place.clone(), client, peer));
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept connections");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+}
+
+async fn carry(proxy: Arc<Proxy>, place: Arc<Place>, client: TcpStream, peer: SocketAddr) {
+    let _live = proxy.live();
+    let route = match route(&proxy, &place, peer) {
+        Ok(route) => Arc::new(route),
+        Err(mut access) => {
+            // Before the record is dropped: nobody who sees the record may find the connection still open.
+            wire::reset(&client);
+            drop(client);
+            access.outcome = Outcome::Refused;
+            return;
+        }
+    };
+    let _open =
+        proxy.telemetry.metrics.open(Direction::Outbound, route.source.service.as_str(), route.service.name.as_str());
+    let protocol = route.service.ports.iter().find(|port| port.id == route.port_id).map(|port| port.protocol);
+    let client = Wire::tcp(client);
+    match protocol.unwrap_or(Spoken::Tcp) {
+        Spoken::Tcp => stream(&route, client, None).await,
+        Spoken::Http => match begins_http2(&route, client).await {
+            (false, client) => http::serve(route, client, None).await,
+            (true, client) => stream(&route, client, None).await,
+        },
+        Spoken::Auto => match detect(&route, client).await {
+            Detected::Http(client, spare) => http::serve(route, client, spare).await,
+            Detected::Stream(client, opened) => stream(&route, client, opened).await,
+        },
+    }
+}
+
+/// Finds out who connected, and to what; a refusal comes as its finished record.
+fn route(proxy: &Arc<Proxy>, place: &Place, peer: SocketAddr) -> Result<Route, Box<Access>> {
+    let refused = |src: Source, dst: Option<SocketAddr>, refusal| {
+        let dst = Destination { addr: dst, ..Destination::default() };
+        let mut access = Access::begin(&proxy.telemetry, Direction::Outbound, Protocol::Tcp, src, dst);
+        access.refusal = Some(refusal);
+        Box::new(access)
+    };
+    let nobody = || Source { addr: Some(peer), ..Source::default() };
+    let (dst, number) = match &place.originals {
+        Originals::Fixed(dst) => (*dst, None),
+        Originals::Kernel(flows) => match flows.take_tcp(place.netns, peer) {
+            Some(original) => (SocketAddr::from(original.addr), Some(original.workload)),
+            None => return Err(refused(nobody(), None, Refusal::OriginalLost)),
+        },
+    };
+    let snapshot = proxy.published.load();
+    let source = match &place.who {
+        Who::Task(workload) => Some(snapshot.workloads.get(&workload.task).unwrap_or(workload).clone()),
+        Who::ByNumber => number.and_then(|number| snapshot.by_number.get(&number)).cloned(),
+    };
+    let Some(source) = source else {
+        return Err(refused(nobody(), Some(dst), Refusal::NoIdentity));
+    };
+    match plan::destination(&snapshot, OrigDst(dst)) {
+        Ok((service, index)) => {
+            let (port, port_id) = (service.ports[index].port, service.ports[index].id);
+            let proxy = proxy.clone();
+            Ok(Route { proxy, source, src_addr: peer, dst: OrigDst(dst), service, port, port_id })
+        }
+        Err(denied) => {
+            tracing::debug!(
+                src.addr = %peer, src.service = %source.service, dst.addr = %dst,
+                refusal = denied.refusal as u32, reasons = ?denied.reasons, "refused"
+            );
+            Err(refused(route::source(peer, &source), Some(dst), denied.refusal))
+        }
+    }
+}
+
+/// An upstream that was opened ahead, with the record that it was noted in; or why there is none.
+struct Opened(Box<Access>, Result<Upstream, Refusal>);
+
+/// Carries a byte stream.
+async fn stream(route: &Route, client: Wire, opened: Option<Opened>) {
+    let Opened(mut access, upstream) = match opened {
+        Some(opened) => opened,
+        None => {
+            let mut access = Box::new(route.record(Protocol::Tcp));
+            let upstream = route.open(&mut access).await;
+            Opened(access, upstream)
+        }
+    };
+    match upstream {
+        Ok(Upstream { wire, in_flight, plan: _ }) => {
+            access.outcome = copy::both_ways(client, wire, &access.counts.clone()).await;
+            drop(in_flight);
+        }
+        Err(refusal) => {
+            access.refusal = Some(refusal);
+            client.reset();
+        }
+    }
+}
+
+/// Whether a client of an HTTP port begins with HTTP/2, as gRPC does: that is carried as a byte stream, because to be
+/// balanced by connection is better than to be refused.
+async fn begins_http2(route: &Route, mut client: Wire) -> (bool, Wire) {
+    let mut said = BytesMut::new();
+    let mut drain = route.proxy.drain.subscribe();
+    let http2 = loop {
+        match detect::begins_http2(&said) {
+            Some(http2) => break http2,
+            None => said.reserve(FIRST_READ),
+        }
+        tokio::select! {
+            // A client that says no more, or is broken, is for the server of HTTP/1.1 to end.
+            read = client.read_buf(&mut said) => if matches!(read, Ok(0) | Err(_)) { break false },
+            _ = drain.wait_for(|drain| *drain) => break false,
+        }
+    };
+    (http2, client.rewound(said.freeze()))
+}
+
+enum Detected {
+    Http(Wire, Option<Upstream>),
+    Stream(Wire, Option<Opened>),
+}
+
+/// Listens to both sides until it is clear what is spoken.
+async fn detect(route: &Route, mut client: Wire) -> Detected {
+    let note = |spoke| route.proxy.seen.note(route.port_id, spoke);
+    let mut said = BytesMut::new();
+    // The record begins with the connection, also when the upstream is opened late.
+    let mut access = Box::new(route.record(Protocol::Tcp));
+
+    // The client alone, for a moment.
+    let patience = route.proxy.seen.patience(route.port_id);
+    if !patience.is_zero()
+        && let Ok(heard) = tokio::time::timeout(patience, hear(&mut client, &mut said)).await
+    {
+        let client = client.rewound(said.freeze());
+        if heard == Heard::Http {
+            note(Spoke::Http);
+            access.discard();
+            return Detected::Http(client, None);
+        }
+        note(Spoke::ClientFirst);
+        let upstream = route.open(&mut access).await;
+        return Detected::Stream(client, Some(Opened(access, upstream)));
+    }
+
+    // The client, while the upstream is being opened.
+    let mut heard = None;
+    let opened = {
+        let mut opening = std::pin::pin!(route.open(&mut access));
+        loop {
+            tokio::select! {
+                opened = &mut opening => break Some(opened),
+                now = hear(&mut client, &mut said), if heard.is_none() => {
+                    if now == Heard::Http {
+                        break None;
+                    }
+                    heard = Some(now);
+                }
+            }
+        }
+    };
+    let mut upstream = match opened {
+        None => {
+            note(Spoke::Http);
+            access.discard();
+            return Detected::Http(client.rewound(said.freeze()), None);
+        }
+        Some(Err(refusal)) => return Detected::Stream(client, Some(Opened(access, Err(refusal)))),
+        Some(Ok(upstream)) => upstream,
+    };
+
+    // Both. The client first: an HTTP server that closes at the same moment is an HTTP server.
+    let heard = match heard {
+        Some(heard) => Some(heard),
+        None => tokio::select! {
+            biased;
+            heard = hear(&mut client, &mut said) => Some(heard),
+            () = poll_fn(|cx| upstream.wire.poll_speaks(cx)) => None,
+        },
+    };
+    let client = client.rewound(said.freeze());
+    match heard {
+        Some(Heard::Http) => {
+            note(Spoke::Http);
+            access.discard();
+            return Detected::Http(client, Some(upstream));
+        }
+        Some(Heard::Other) => note(Spoke::ClientFirst),
+        None => note(Spoke::ServerFirst),
+    }
+    Detected::Stream(client, Some(Opened(access, Ok(upstream))))
+}
+
+/// What a client says.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Heard {
+    Http,
+    /// Something else, or its end.
+    Other,
+}
+
+/// Reads into `said` until it is clear what the client speaks. Cancelling loses nothing.
+async fn hear(client: &mut Wire, said: &mut BytesMut) -> Heard {
+    loop {
+        match detect::judge(said) {
+            Verdict::Http => return Heard::Http,
+            Verdict::Opaque => return Heard::Other,
+            Verdict::More => {}
+        }
+        let begun = !said.is_empty();
+        said.reserve(FIRST_READ);
+        let read = client.read_buf(said);
+        let read = if begun {
+            match tokio::time::timeout(PAUSE, read).await {
+                Ok(read) => read,
+                Err(_paused) => return Heard::Other,
+            }
+        } else {
+            read.await
+        };
+        // A broken connection shows itself again to whoever goes on with it.
+        if matches!(read, Ok(0) | Err(_)) {
+            return Heard::Other;
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! Two agents on loopback with real mutual TLS: a task of the one calls a task of the other.
+
+use http_body_util::Empty;
+use hyper_util::rt::TokioIo;
+use tokio::{io::AsyncWriteExt as _, sync::watch};
+
+use super::*;
+use crate::{
+    proxy::inbound,
+    transport::accept::{Acceptance, serve},
+};
+
+/// The agent in front of an application, and where it takes tunnels.
+struct Far {
+    agent: Agent,
+    tunnels: SocketAddr,
+    _drain: watch::Sender<bool>,
+}
+
+async fn far(identities: Identities, app: SocketAddr) -> Far {
+    let agent = Agent::with(identities);
+    agent.publish(snapshot(Protocol::Auto, vec![local(app)]));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let tunnels = listener.local_addr().unwrap();
+    let acceptance = Acceptance {
+        presents: Arc::new(|_, _| Some(id("world"))),
+        failed: Arc::new(drop),
+        handshake_timeout: Duration::from_secs(5),
+        drain: Duration::from_secs(1),
+    };
+    let (drain, draining) = watch::channel(false);
+    let proxy = agent.proxy.clone();
+    let handler = move |request| inbound::handle(proxy.clone(), request);
+    tokio::spawn(serve(listener, agent.identities.clone(), acceptance, handler, draining));
+    Far { agent, tunnels, _drain: drain }
+}
+
+/// An agent that knows `app` behind the other one.
+fn near(far: &Far, app: SocketAddr, expect: &str) -> Agent {
+    let agent = Agent::with(far.agent.identities.clone());
+    let there = endpoint(app, Reach::Tunnel { agent: far.tunnels }, &id(expect));
+    agent.publish(snapshot(Protocol::Auto, vec![there]));
+    agent
+}
+
+async fn echo_server() -> SocketAddr {
+    server(|mut stream| async move {
+        let (mut reading, mut writing) = stream.split();
+        tokio::io::copy(&mut reading, &mut writing).await.unwrap();
+        writing.shutdown().await.unwrap();
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_stream_crosses_both_agents_and_both_know_who_speaks() {
+    let app = echo_server().await;
+    let mut far = far(Identities::new(ca("demo.mesh"), DAY), app).await;
+    let mut near = near(&far, app, "world");
+    let mut client = near.connect().await;
+    let data = noise(3 << 20);
+    let sent = [b"\0", &data[..]].concat();
+    let (mut reading, mut writing) = client.split();
+    let write = async {
+        writing.write_all(&sent).await.unwrap();
+        writing.shutdown().await.unwrap();
+    };
+    let ((), received) = soon(async { tokio::join!(write, rest(&mut reading)) }).await;
+    assert!(received == sent);
+    let (out, inn) = (near.line().await, far.agent.line().await);
+    for line in [&out, &inn] {
+        assert_eq!((&line["src.service"], &line["dst.service"]), (&"web".into(), &"world".into()), "{line}");
+        assert_eq!(line["src.id"], id("web").to_string());
+        assert_eq!(line["dst.id"], id("world").to_string());
+        assert_eq!(line["bytes_sent"].as_u64(), Some(sent.len() as u64), "{line}");
+        assert_eq!((&line["outcome"], &line["protocol"]), (&"ok".into(), &"tcp".into()), "{line}");
+    }
+    assert_eq!((&out["direction"], &inn["direction"]), (&"outbound".into(), &"inbound".into()));
+    assert_eq!((&out["src.task"], &inn["dst.task"]), (&"web-1".into(), &"world-1".into()));
+    assert_eq!(out["dst.agent"], far.tunnels.to_string());
+}
+
+#[tokio::test]
+async fn requests_cross_over_pooled_tunnels() {
+    let app = server(|stream| async move {
+        let service = hyper::service::service_fn(|_| async {
+            Ok::<_, std::convert::Infallible>(hyper::Response::new(http_body_util::Full::<bytes::Bytes>::from("far")))
+        });
+        drop(hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await);
+    })
+    .await;
+    let mut far = far(Identities::new(ca("demo.mesh"), DAY), app).await;
+    let mut near = near(&far, app, "world");
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(near.connect().await)).await.unwrap();
+    tokio::spawn(connection);
+    for _ in 0..20 {
+        sender.ready().await.unwrap();
+        let request = hyper::Request::get("/").header("host", "world").body(Empty::<bytes::Bytes>::new()).unwrap();
+        assert_eq!(soon(sender.send_request(request)).await.unwrap().status(), 200);
+        let line = near.line().await;
+        assert_eq!((line["http.status"].as_u64(), &line["dst.id"]), (Some(200), &id("world").to_string().into()));
+    }
+    near.proxy.drain();
+    let line = far.agent.line().await;
+    assert_eq!(line["outcome"], "ok", "an idle connection is left in good order: {line}");
+}
+
+#[tokio::test]
+async fn a_reset_crosses_both_agents() {
+    let (tell, mut accepted) = tokio::sync::mpsc::channel(16);
+    let app = server(move |stream| {
+        tell.try_send(stream).unwrap_or_default();
+        async {}
+    })
+    .await;
+    let far = far(Identities::new(ca("demo.mesh"), DAY), app).await;
+    let near = near(&far, app, "world");
+    let mut client = near.connect().await;
+    client.write_all(b"\0").await.unwrap();
+    let mut server = soon(accepted.recv()).await.unwrap();
+    assert_eq!(soon(server.read_u8()).await.unwrap(), 0);
+    client.set_zero_linger().unwrap();
+    drop(client);
+    let error = soon(server.read_u8()).await.expect_err("a reset");
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+#[tokio::test]
+async fn a_dead_application_is_refused_by_its_own_number_at_both_ends() {
+    let app = nobody().await;
+    let mut far = far(Identities::new(ca("demo.mesh"), DAY), app).await;
+    let mut near = near(&far, app, "world");
+    let mut client = near.connect().await;
+    let error = soon(client.read_u8()).await.expect_err("a reset");
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    for line in [near.line().await, far.agent.line().await] {
+        assert_eq!(line["refusal.label"], "connect_failed", "{line}");
+    }
+}
+
+#[tokio::test]
+async fn the_other_agent_enforces_policy_too_and_a_stale_registry_is_told() {
+    let app = echo_server().await;
+    let mut far = far(Identities::new(ca("demo.mesh"), DAY), app).await;
+    let mut near = near(&far, app, "world");
+    let mut denying_snapshot = snapshot(Protocol::Auto, vec![local(app)]);
+    denying_snapshot.policy = Arc::new(denying());
+    far.agent.publish(denying_snapshot);
+    let mut client = near.connect().await;
+    soon(client.read_u8()).await.expect_err("a reset");
+    assert_eq!(near.line().await["refusal.label"], "denied");
+    let line = far.agent.line().await;
+    assert_eq!((&line["refusal.label"], &line["src.id"]), (&"denied".into(), &id("web").to_string().into()), "{line}");
+
+    far.agent.publish(snapshot(Protocol::Auto, vec![]));
+    let mut client = near.connect().await;
+    soon(client.read_u8()).await.expect_err("a reset");
+    assert_eq!(near.line().await["refusal.label"], "not_local");
+}
+
+#[tokio::test]
+async fn an_address_that_another_service_uses_now_is_refused() {
+    let app = echo_server().await;
+    let far = far(Identities::new(ca("demo.mesh"), DAY), app).await;
+    let mut near = near(&far, app, "other");
+    let mut client = near.connect().await;
+    soon(client.read_u8()).await.expect_err("a reset");
+    assert_eq!(near.line().await["refusal.label"], "unexpected_identity");
+}

@@ -1,0 +1,82 @@
+//! Sockets as the mesh needs them: made in a given namespace, marked, non-blocking, with a deep backlog.
+//!
+//! Knows nothing of what is sent over them.
+#![expect(unsafe_code, reason = "SO_NETNS_COOKIE has no safe wrapper")]
+
+use std::{
+    io,
+    net::{SocketAddr, TcpListener, UdpSocket},
+    os::fd::AsRawFd as _,
+};
+
+use nix::libc;
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// `SO_MARK` of the agent's listeners; the hooks recognise a living agent by it. ASCII "mesh".
+pub const MARK: u32 = 0x6d65_7368;
+
+/// A queue deep enough for a connect storm; the kernel caps it at `net.core.somaxconn`.
+const BACKLOG: i32 = 4096;
+
+/// The cookie of the namespace that the calling thread is in.
+pub(crate) fn netns_cookie() -> io::Result<u64> {
+    let socket = Socket::new(Domain::IPV4, Type::DGRAM, None)?;
+    let mut cookie = 0u64;
+    let mut length = libc::socklen_t::try_from(size_of::<u64>()).map_err(io::Error::other)?;
+    // SAFETY: `cookie` and `length` live across the call and `length` is the size of `cookie`.
+    let code = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if code == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A marked, non-blocking TCP listener in the namespace that the calling thread is in.
+///
+/// # Errors
+/// The address is in use or not available, or the process may not set marks (CAP_NET_ADMIN).
+pub fn tcp_listener(addr: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_nonblocking(true)?;
+    socket.set_reuse_address(true)?;
+    if addr.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.set_mark(MARK)?;
+    socket.bind(&addr.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// A marked, non-blocking UDP socket in the namespace that the calling thread is in.
+///
+/// # Errors
+/// As [`tcp_listener`].
+pub fn udp_socket(addr: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = Socket::new(Domain::for_address(addr), Type::DGRAM, Some(Protocol::UDP))?;
+    socket.set_nonblocking(true)?;
+    if addr.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.set_mark(MARK)?;
+    socket.bind(&addr.into())?;
+    Ok(socket.into())
+}
+
+/// A marked, non-blocking, unconnected TCP socket in the namespace that the calling thread is in, for `tokio`'s
+/// `TcpSocket::from_std_stream` to connect.
+///
+/// # Errors
+/// Out of sockets, or no CAP_NET_ADMIN.
+pub fn tcp_client(family_of: SocketAddr) -> io::Result<std::net::TcpStream> {
+    let socket = Socket::new(Domain::for_address(family_of), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_nonblocking(true)?;
+    socket.set_mark(MARK)?;
+    socket.set_tcp_nodelay(true)?;
+    Ok(socket.into())
+}

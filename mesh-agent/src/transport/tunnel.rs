@@ -1,0 +1,216 @@
+//! One tunnel stream: bytes both ways with TCP's own semantics (half-close, reset, backpressure).
+//!
+//! Memory is bounded by HTTP/2 flow control: what was received is granted again only as it is consumed, and what is
+//! written waits until the peer has room. Must not know how the stream was opened.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Buf as _, Bytes};
+use h2::{Reason, RecvStream, SendStream};
+use mesh_core::id::SpiffeId;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::transport::pool::Lease;
+
+/// The most that one write hands over; h2 cuts it into frames.
+const LARGEST_WRITE: usize = 256 << 10;
+
+/// A byte stream to or from a peer agent.
+///
+/// `shutdown` ends our direction, end of file means that the peer ended its own. A reset by the peer, and the loss of
+/// the connection, is `ConnectionReset`. Dropping a tunnel before both directions have ended resets it.
+pub struct Tunnel {
+    peer: SpiffeId,
+    receiving: Receiving,
+    sending: Sending,
+}
+
+/// The direction from the peer to us.
+pub struct Receiving {
+    stream: RecvStream,
+    /// Received, not yet consumed.
+    held: Bytes,
+    /// Length of `held` as it arrived; to be granted again.
+    owed: usize,
+    ended: bool,
+    _lease: Option<Arc<Lease>>,
+}
+
+/// The direction from us to the peer.
+pub struct Sending {
+    stream: SendStream<Bytes>,
+    ended: bool,
+    _lease: Option<Arc<Lease>>,
+}
+
+impl Tunnel {
+    pub(super) fn new(peer: SpiffeId, send: SendStream<Bytes>, receive: RecvStream, lease: Option<Lease>) -> Self {
+        let lease = lease.map(Arc::new);
+        Self {
+            peer,
+            receiving: Receiving { stream: receive, held: Bytes::new(), owed: 0, ended: false, _lease: lease.clone() },
+            sending: Sending { stream: send, ended: false, _lease: lease },
+        }
+    }
+
+    /// Who is at the other end, proved by its certificate.
+    pub fn peer(&self) -> &SpiffeId {
+        &self.peer
+    }
+
+    /// The two directions, to be used at the same time. Dropping [`Sending`] before its shutdown resets the tunnel at
+    /// once; dropping [`Receiving`] before its end throws away what still comes, and resets once both are dropped.
+    pub fn into_split(self) -> (Receiving, Sending) {
+        (self.receiving, self.sending)
+    }
+}
+
+impl Receiving {
+    /// The next bytes as they arrived, without a copy; `None` at the end. What is handed over counts as consumed, so
+    /// ask for more only when the last piece has gone on its way.
+    ///
+    /// # Errors
+    /// `ConnectionReset`.
+    pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Bytes>>> {
+        if !ready!(self.poll_fill(cx))? {
+            return Poll::Ready(Ok(None));
+        }
+        let held = std::mem::take(&mut self.held);
+        self.grant();
+        Poll::Ready(Ok(Some(held)))
+    }
+
+    /// Whether there are bytes in `held`; false at the end.
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        while self.held.is_empty() {
+            if self.ended {
+                return Poll::Ready(Ok(false));
+            }
+            match ready!(self.stream.poll_data(cx)) {
+                Some(Ok(data)) => {
+                    self.owed = data.len();
+                    self.held = data;
+                }
+                Some(Err(error)) => return Poll::Ready(Err(broken(error))),
+                None => self.ended = true,
+            }
+        }
+        Poll::Ready(Ok(true))
+    }
+
+    /// Lets the peer send as much again as was consumed.
+    fn grant(&mut self) {
+        // Fails only when more is granted than was received, which `owed` rules out.
+        drop(self.stream.flow_control().release_capacity(std::mem::take(&mut self.owed)));
+    }
+}
+
+impl Sending {
+    /// Sends as much from the front of `data` as the peer has room for, without a copy, and returns how much that was.
+    ///
+    /// # Errors
+    /// `ConnectionReset`; `BrokenPipe` after a shutdown.
+    pub fn poll_send(&mut self, cx: &mut Context<'_>, data: &mut Bytes) -> Poll<io::Result<usize>> {
+        let room = ready!(self.poll_room(cx, data.len()))?;
+        let piece = data.split_to(room);
+        self.stream.send_data(piece, false).map_err(broken)?;
+        Poll::Ready(Ok(room))
+    }
+
+    /// How much of `wanted` may be sent now; not 0, unless 0 is wanted.
+    fn poll_room(&mut self, cx: &mut Context<'_>, wanted: usize) -> Poll<io::Result<usize>> {
+        if self.ended {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        let wanted = wanted.min(LARGEST_WRITE);
+        if wanted == 0 {
+            return Poll::Ready(Ok(0));
+        }
+        self.stream.reserve_capacity(wanted);
+        let mut room = self.stream.capacity();
+        while room == 0 {
+            room = match ready!(self.stream.poll_capacity(cx)) {
+                Some(Ok(room)) => room,
+                Some(Err(error)) => return Poll::Ready(Err(broken(error))),
+                None => return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
+            };
+        }
+        Poll::Ready(Ok(room.min(wanted)))
+    }
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        // h2 resets by itself what is dropped unfinished, but not before the other direction is dropped as well.
+        if !self.ended {
+            self.stream.send_reset(Reason::CANCEL);
+        }
+    }
+}
+
+impl AsyncRead for Receiving {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if buf.remaining() > 0 && ready!(self.poll_fill(cx))? {
+            let length = self.held.len().min(buf.remaining());
+            buf.put_slice(&self.held[..length]);
+            self.held.advance(length);
+            if self.held.is_empty() {
+                self.grant();
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Sending {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let room = ready!(self.poll_room(cx, buf.len()))?;
+        if room > 0 {
+            self.stream.send_data(Bytes::copy_from_slice(&buf[..room]), false).map_err(broken)?;
+        }
+        Poll::Ready(Ok(room))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // The connection's own task sends what was handed over.
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if !self.ended {
+            self.ended = true;
+            self.stream.send_data(Bytes::new(), true).map_err(broken)?;
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncRead for Tunnel {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.receiving).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Tunnel {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.sending).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.sending).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.sending).poll_shutdown(cx)
+    }
+}
+
+/// A stream that was reset and a connection that was lost are the same to its user.
+fn broken(error: h2::Error) -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionReset, error)
+}

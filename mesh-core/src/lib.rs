@@ -1,0 +1,29 @@
+//! Every decision of the mesh, and no effect.
+//!
+//! Nothing here reads a clock, draws a random number, opens a file or socket, logs, or spawns: `now` and `draw` are
+//! arguments, answers carry their reasons, effects are returned as data. `mesh-agent` performs them.
+//!
+//! Reading order: [`id`] and [`addr`] (names), [`model`] (the snapshot), [`plan`] (the heart: one connection or
+//! request in, one plan or numbered refusal out), then what it is made of: [`resolve`], [`policy`], [`balance`];
+//! where the snapshot comes from: [`config`], [`services`] (the static file), [`task`], [`merge`], [`vip`]; and
+//! what follows from it: [`dataplane`] (the kernel's image), [`reconcile`] (namespaces to arm), [`rotate`].
+
+pub mod addr;
+pub mod balance;
+pub mod config;
+pub mod dataplane;
+mod document;
+pub mod id;
+pub mod merge;
+pub mod model;
+pub mod plan;
+pub mod policy;
+pub mod reconcile;
+pub mod resolve;
+pub mod rotate;
+pub mod services;
+pub mod task;
+pub mod vip;
+
+#[cfg(test)]
+mod arb;

@@ -1,0 +1,163 @@
+//! What the host's own tasks are to the mesh: who is enrolled, to which service it belongs, where it is reached.
+//!
+//! Must not know what any registry says about endpoints.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use super::Sources;
+use crate::{
+    addr::canonical,
+    config::Enrol,
+    id::{ServiceName, SpiffeId},
+    model::{Endpoint, EndpointId, Health, Reach},
+    services::{DEFAULT_WEIGHT, PortEntry, ServiceSet},
+    task::{ContainerHealth, NetworkMode, Phase, Task},
+};
+
+/// Docker label with which a task says whether it is in the mesh: `true` or `false`.
+pub const ENABLED_LABEL: &str = "ecs-mesh.enabled";
+/// Docker label with which a task names its service.
+pub const SERVICE_LABEL: &str = "ecs-mesh.service";
+
+/// An enrolled task, its service and identity.
+pub(super) struct Member<'a> {
+    pub(super) task: &'a Task,
+    pub(super) service: ServiceName,
+    pub(super) identity: SpiffeId,
+}
+
+/// Whether a task is in the mesh. An excluded family never is, whatever its label says: the exclusion belongs to the
+/// host's operator. A label that is neither true nor false says nothing.
+pub fn enrolled(task: &Task, enrol: &Enrol) -> bool {
+    let label = task.labels.get(ENABLED_LABEL).and_then(|label| match label.trim().to_ascii_lowercase().as_str() {
+        "true" | "yes" | "on" | "1" => Some(true),
+        "false" | "no" | "off" | "0" => Some(false),
+        _ => None,
+    });
+    task.mode != NetworkMode::None && !enrol.exclude.contains(&task.family) && label.unwrap_or(enrol.default)
+}
+
+/// The enrolled tasks, by task id. A task for which no service name can be made of its family is not among them.
+pub(super) fn members<'a>(sources: &Sources<'a>) -> Vec<Member<'a>> {
+    let families = families(sources.sets);
+    let mut members: Vec<_> = sources
+        .tasks
+        .iter()
+        .filter(|task| enrolled(task, sources.enrol))
+        .filter_map(|task| {
+            let service = service_of(task, &families)?;
+            let identity = SpiffeId::new(sources.trust_domain, sources.cluster, &service).ok()?;
+            Some(Member { task, service, identity })
+        })
+        .collect();
+    members.sort_by(|a, b| a.task.id.cmp(&b.task.id));
+    members.dedup_by(|b, a| a.task.id == b.task.id);
+    members
+}
+
+fn families(sets: &[ServiceSet]) -> HashMap<&str, &ServiceName> {
+    let mut owners = HashMap::new();
+    for entry in sets.iter().flat_map(|set| &set.services) {
+        for family in &entry.families {
+            owners.entry(family.as_str()).or_insert(&entry.name);
+        }
+    }
+    owners
+}
+
+fn service_of(task: &Task, families: &HashMap<&str, &ServiceName>) -> Option<ServiceName> {
+    let labelled = task.labels.get(SERVICE_LABEL).and_then(|label| ServiceName::sanitised(label.trim()));
+    labelled
+        .or_else(|| families.get(task.family.as_str()).map(|name| (*name).clone()))
+        .or_else(|| ServiceName::sanitised(&task.family))
+}
+
+/// TCP ports of the task's containers.
+pub(super) fn container_ports(task: &Task) -> BTreeSet<u16> {
+    let ports = task.containers.iter().flat_map(|container| {
+        container.exposed.iter().copied().chain(container.published.iter().map(|published| published.container_port))
+    });
+    ports.filter(|port| *port != 0).collect()
+}
+
+/// (service port, container port) pairs that the task serves.
+///
+/// Where the service's ports are defined, they decide. Otherwise each container port is a port of the service, and
+/// the only one is port 80 as well, unless `has_80`.
+pub(super) fn served(task: &Task, defined: &BTreeMap<u16, PortEntry>, has_80: bool) -> Vec<(u16, u16)> {
+    let known = container_ports(task);
+    let only = match (known.first(), known.len()) {
+        (Some(only), 1) => Some(*only),
+        _ => None,
+    };
+    if defined.is_empty() {
+        let alias = only.filter(|_| !has_80).map(|target| (80, target));
+        return known.iter().map(|port| (*port, *port)).chain(alias).collect();
+    }
+    let target = |entry: &PortEntry| match entry.target {
+        Some(target) => Some(target),
+        None if known.is_empty() || known.contains(&entry.port) => Some(entry.port),
+        None => only,
+    };
+    defined.values().filter_map(|entry| Some((entry.port, target(entry)?))).collect()
+}
+
+/// The task's endpoint at a container port. `None` while the task runs no instruction yet or has no address.
+pub(super) fn endpoint(member: &Member<'_>, target: u16, sources: &Sources<'_>) -> Option<Arc<Endpoint>> {
+    let task = member.task;
+    let health = health(task)?;
+    let (deliver, addr, direct) = match task.mode {
+        NetworkMode::Bridge => {
+            let deliver = SocketAddr::new(task.address?, target);
+            (deliver, published(task, target, sources.host).unwrap_or(deliver), true)
+        }
+        NetworkMode::Awsvpc => {
+            let deliver = SocketAddr::new(task.address?, target);
+            (deliver, deliver, false)
+        }
+        NetworkMode::Host => {
+            let deliver = SocketAddr::new(sources.host, target);
+            (deliver, deliver, true)
+        }
+        NetworkMode::None => return None,
+    };
+    let (deliver, addr) = (canonical(deliver), canonical(addr));
+    Some(Arc::new(Endpoint {
+        id: EndpointId::of(addr),
+        addr,
+        reach: Reach::Local { task: task.id.clone(), deliver, direct },
+        identity: Some(member.identity.clone()),
+        health,
+        weight: DEFAULT_WEIGHT,
+        zone: sources.zone.map(Arc::from),
+        task: Some(task.id.clone()),
+    }))
+}
+
+fn health(task: &Task) -> Option<Health> {
+    let well = |health: ContainerHealth| match health {
+        ContainerHealth::Healthy => true,
+        ContainerHealth::Starting | ContainerHealth::Unhealthy => false,
+    };
+    match task.phase {
+        Phase::Created => None,
+        Phase::Running if task.containers.iter().filter_map(|c| c.health).all(well) => Some(Health::Healthy),
+        Phase::Running => Some(Health::Unhealthy),
+        Phase::Stopping => Some(Health::Draining),
+    }
+}
+
+/// Where other hosts reach a published container port. One published on loopback only is reached by nobody else.
+fn published(task: &Task, target: u16, host: IpAddr) -> Option<SocketAddr> {
+    let all = task.containers.iter().flat_map(|container| &container.published);
+    all.filter(|published| published.container_port == target && published.host.port() != 0)
+        .map(|published| canonical(published.host))
+        .filter(|addr| !addr.ip().is_loopback())
+        // Docker publishes for both families, not always on the same port: the host's own family first.
+        .min_by_key(|addr| (addr.is_ipv4() != host.is_ipv4(), *addr))
+        .map(|addr| if addr.ip().is_unspecified() { SocketAddr::new(host, addr.port()) } else { addr })
+}

@@ -1,0 +1,199 @@
+//! The snapshot: one immutable value with everything the mesh knows at one moment.
+//!
+//! Built by [`crate::merge`], published by the agent, read by every decision. Must not know how it is shared.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::SocketAddr,
+    sync::Arc,
+};
+
+use crate::{
+    addr::{Vip, canonical},
+    id::{ServiceName, SpiffeId, TaskId},
+    policy::Policy,
+    task::NetworkMode,
+};
+
+/// Everything known. Replaced as a whole, never changed; unchanged services are shared between generations.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// Grows by one with each published change.
+    pub generation: u64,
+    pub services: BTreeMap<ServiceName, Arc<Service>>,
+    /// Local workloads, by task.
+    pub workloads: BTreeMap<TaskId, Arc<Workload>>,
+    pub policy: Arc<Policy>,
+    /// Virtual and endpoint addresses to what they stand for.
+    pub by_address: HashMap<SocketAddr, Target>,
+    /// Local workloads by the number that the kernel knows them by.
+    pub by_number: HashMap<u32, Arc<Workload>>,
+    /// What a kernel service number stands for: a service port, or an endpoint that is a destination itself.
+    pub by_service_number: HashMap<u32, Target>,
+    /// The kernel service numbers of endpoints that are destinations themselves; stable like [`ServicePort::id`].
+    pub endpoint_numbers: BTreeMap<Target, u32>,
+    /// The numbers given last, so that a number is not given again while the kernel may still hold it.
+    pub last: Numbers,
+}
+
+/// Counters of numbers shared with the kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Numbers {
+    pub workload: u32,
+    pub service: u32,
+}
+
+/// What a destination address stands for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Target {
+    /// A virtual address and a port of that service.
+    Service { service: ServiceName, port: u16 },
+    /// One endpoint, addressed by an application that resolves by itself.
+    Endpoint { service: ServiceName, port: u16, endpoint: EndpointId },
+}
+
+/// A name that clients call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    pub name: ServiceName,
+    pub vip: Vip,
+    /// Ordered by port.
+    pub ports: Vec<ServicePort>,
+    pub tls: TlsMode,
+    pub on_agent_death: OnAgentDeath,
+}
+
+/// One port of a service, and who serves it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePort {
+    /// The number by which the kernel knows this service port; stable while the agent runs.
+    pub id: u32,
+    pub port: u16,
+    pub protocol: Protocol,
+    /// Ordered by id.
+    pub endpoints: Vec<Arc<Endpoint>>,
+}
+
+/// What is spoken on a service port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Protocol {
+    /// To be detected per connection.
+    Auto,
+    /// HTTP/1.1: each request is balanced by itself.
+    Http,
+    /// A byte stream.
+    Tcp,
+}
+
+/// Names an endpoint across generations: `<address>` of the endpoint as registered, so that the same endpoint known
+/// from two sources is one.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct EndpointId(pub Arc<str>);
+
+/// One reachable workload port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    pub id: EndpointId,
+    /// The address that any task can use without the mesh: host address and published port, or the ENI's.
+    pub addr: SocketAddr,
+    pub reach: Reach,
+    /// The identity its agent must prove. `None` where the endpoint is not in the mesh.
+    pub identity: Option<SpiffeId>,
+    pub health: Health,
+    /// Relative share of the traffic; 0 means: only when nothing else is left.
+    pub weight: u32,
+    pub zone: Option<Arc<str>>,
+    /// Task, where the source knows it.
+    pub task: Option<TaskId>,
+}
+
+/// How an endpoint is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// A task of this host.
+    Local {
+        task: TaskId,
+        /// Where the application listens, seen from its own namespace.
+        deliver: SocketAddr,
+        /// Whether bridge and host-mode tasks of this host can connect to `deliver` without the agent.
+        direct: bool,
+    },
+    /// Through the agent at this address, port 15008 by default.
+    Tunnel { agent: SocketAddr },
+    /// Not in the mesh.
+    Plaintext,
+}
+
+/// Whether an endpoint may be chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Health {
+    Healthy,
+    Unhealthy,
+    /// Its task is stopping: existing connections finish, new ones go elsewhere.
+    Draining,
+}
+
+/// Whether plaintext to an endpoint outside the mesh is allowed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TlsMode {
+    /// Never a plaintext byte between hosts.
+    Strict,
+    /// mTLS where the endpoint is in the mesh, plaintext where it is not.
+    Permissive,
+}
+
+/// What the kernel does with new connections while the agent is dead or hung.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnAgentDeath {
+    /// Balance over the endpoints that the kernel knows, in plaintext.
+    Open,
+    /// Refuse at once.
+    Closed,
+}
+
+impl Snapshot {
+    /// What a destination stands for. A v4-mapped IPv6 address is its IPv4 address.
+    pub fn target(&self, addr: SocketAddr) -> Option<&Target> {
+        self.by_address.get(&canonical(addr))
+    }
+
+    /// The service that a local endpoint's task belongs to, where that is not `listed`, under which it was found. The
+    /// task is still what it is: who may not call the one must not reach it by the other's name.
+    pub fn other_owner(&self, endpoint: &Endpoint, listed: &ServiceName) -> Option<&ServiceName> {
+        let Reach::Local { task, .. } = &endpoint.reach else { return None };
+        let owner = &self.workloads.get(task)?.service;
+        (owner != listed).then_some(owner)
+    }
+}
+
+impl Service {
+    /// Index of a port in [`Service::ports`].
+    pub fn port_index(&self, port: u16) -> Option<usize> {
+        self.ports.binary_search_by_key(&port, |p| p.port).ok()
+    }
+}
+
+impl ServicePort {
+    /// The endpoint with this id.
+    pub fn endpoint(&self, id: &EndpointId) -> Option<&Arc<Endpoint>> {
+        self.endpoints.binary_search_by(|e| e.id.cmp(id)).ok().map(|n| &self.endpoints[n])
+    }
+}
+
+impl EndpointId {
+    /// The id of the endpoint that is registered at this address.
+    pub fn of(addr: SocketAddr) -> Self {
+        Self(canonical(addr).to_string().into())
+    }
+}
+
+/// A local task as the mesh sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Workload {
+    /// The number by which the kernel knows it; never 0.
+    pub number: u32,
+    pub task: TaskId,
+    pub service: ServiceName,
+    pub identity: SpiffeId,
+    pub mode: NetworkMode,
+}

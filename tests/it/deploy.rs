@@ -1,0 +1,314 @@
+//! The deploy artefacts, each judged by the real tool that reads it: systemd, shellcheck, bash, the agent's own parsers.
+//!
+//! Must not know the agent's insides.
+
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use mesh_core::{config, services};
+
+/// The folder `deploy` of the workspace.
+fn deploy() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy")
+}
+
+fn read(path: &str) -> String {
+    let path = deploy().join(path);
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("cannot read {}: {error}", path.display()))
+}
+
+/// Fails, and names the remedy, where a tool is missing.
+fn need(tool: &str, package: &str) {
+    let found = std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|folder| folder.join(tool).is_file()));
+    assert!(found, "{tool} is missing: apt-get install {package}");
+}
+
+fn run(command: &mut Command) -> Output {
+    command.output().unwrap_or_else(|error| panic!("cannot run {command:?}: {error}"))
+}
+
+fn text(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+/// A directory of its own, removed at the end.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("mesh-deploy-{}-{name}", std::process::id()));
+        fs::create_dir_all(&path).expect("the temporary directory is writable");
+        Self(path)
+    }
+
+    fn write(&self, path: &str, mode: u32, text: &str) {
+        let path = self.0.join(path);
+        fs::create_dir_all(path.parent().expect("it is below the scratch folder")).expect("writable");
+        fs::write(&path, text).expect("writable");
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).expect("it is ours");
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        fs::remove_dir_all(&self.0).expect("it was made by this test");
+    }
+}
+
+#[test]
+fn the_unit_is_accepted_by_systemd() {
+    need("systemd-analyze", "systemd");
+    let scratch = Scratch::new("unit");
+    // systemd looks whether the program is there; on the machine of the test it is not installed.
+    let unit = read("systemd/ecs-mesh.service");
+    scratch.write("ecs-mesh.service", 0o644, &unit.replace("/usr/local/bin/mesh-agent", "/bin/true"));
+    let verify = || {
+        let output = run(Command::new("systemd-analyze").arg("verify").arg(scratch.0.join("ecs-mesh.service")));
+        (output.status.success(), text(&output))
+    };
+    let (good, said) = verify();
+    assert!(good && !said.contains("ecs-mesh.service:"), "{said}");
+    // The tool does notice what is wrong.
+    scratch.write("ecs-mesh.service", 0o644, &unit.replace("Restart=always", "Restart=sometimes"));
+    let (_, said) = verify();
+    assert!(said.contains("sometimes"), "{said}");
+}
+
+#[test]
+fn the_unit_starts_between_docker_and_ecs() {
+    let unit = read("systemd/ecs-mesh.service");
+    let values = |key: &str| -> Vec<String> {
+        let lines = unit.lines().filter_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+        lines.flat_map(str::split_whitespace).map(str::to_owned).collect()
+    };
+    assert!(values("Before").contains(&"ecs.service".into()));
+    assert!(values("After").contains(&"docker.service".into()));
+    assert_eq!(values("Restart"), ["always"]);
+    assert_eq!(values("StartLimitIntervalSec"), ["0"]);
+    assert_eq!(values("ExecStart"), ["/usr/local/bin/mesh-agent", "run", "--config", "/etc/ecs-mesh/agent.toml"]);
+    // A mount namespace of its own would hide docker's namespace files from the agent.
+    for key in
+        ["ProtectSystem", "ProtectHome", "PrivateTmp", "PrivateMounts", "PrivateNetwork", "ProtectKernelTunables"]
+    {
+        assert_eq!(values(key), [] as [&str; 0], "{key}");
+    }
+    assert_eq!(values("RestrictNamespaces"), ["net"], "setns into network namespaces must stay possible");
+}
+
+#[test]
+fn the_examples_are_accepted_by_the_agent() {
+    let agent = config::parse(&read("config/agent.toml")).unwrap_or_else(|faults| panic!("{faults:#?}"));
+    assert_eq!(agent.identity.trust_domain.as_str(), "demo.mesh");
+    let set = services::parse(&read("config/services.toml")).unwrap_or_else(|faults| panic!("{faults:#?}"));
+    let names: Vec<_> = set.services.iter().map(|service| service.name.as_str()).collect();
+    assert_eq!(names, ["world", "cache", "billing"]);
+    assert_eq!(set.policy.map(|policy| policy.rules.len()), Some(1));
+}
+
+#[test]
+fn the_user_data_is_clean_shell() {
+    need("shellcheck", "shellcheck");
+    let output = run(Command::new("shellcheck")
+        .arg("--enable=all")
+        .arg("--exclude=SC2250,SC2310,SC2311,SC2312")
+        .arg(deploy().join("user-data.sh")));
+    assert!(output.status.success(), "{}", text(&output));
+    // EC2 takes 16 KB, before base64.
+    assert!(read("user-data.sh").len() < 16 * 1024);
+}
+
+#[test]
+fn the_user_data_carries_the_unit() {
+    let script = read("user-data.sh");
+    assert!(script.contains(&format!("<<'UNIT'\n{}UNIT\n", read("systemd/ecs-mesh.service"))));
+}
+
+/// What the machine has under a container instance's names, so that the script can run as it is: everything that
+/// would leave the machine is replaced, and notes how it was called.
+struct Instance(Scratch);
+
+const AGENT: &str = "#!/bin/bash\necho \"mesh-agent $*\" >>/calls\n";
+
+impl Instance {
+    fn new(name: &str) -> Self {
+        need("unshare", "util-linux");
+        assert!(nix::unistd::geteuid().is_root(), "root is needed to run the user data in a root folder of its own");
+        let scratch = Scratch::new(name);
+        let fake = |tool: &str, script: &str| {
+            scratch.write(
+                &format!("fake/{tool}"),
+                0o755,
+                &format!("#!/bin/bash\necho \"{tool} $*\" >>/calls\n{script}\n"),
+            );
+        };
+        fake("systemctl", "");
+        fake("mountpoint", "");
+        fake("sysctl", "[[ $1 != -n ]] || echo 8080,15000-15003");
+        fake(
+            "curl",
+            "case ${!#} in */token) echo t ;; */availability-zone) echo eu-central-1a ;; */region) echo eu-central-1 ;; esac",
+        );
+        fake(
+            "aws",
+            "case \"$1 $2\" in
+                's3 cp') if [[ ${!#} == - ]]; then cat /services.toml; else cat /agent >\"${!#}\"; fi ;;
+                'ssm get-parameter') echo sealed-bundle ;;
+                'secretsmanager get-secret-value') echo token ;;
+                *) exit 1 ;;
+            esac",
+        );
+        scratch.write("agent", 0o644, AGENT);
+        scratch.write("services.toml", 0o644, &read("config/services.toml"));
+        scratch.write("user-data.sh", 0o755, &read("user-data.sh"));
+        scratch.write("etc/ecs/ecs.config", 0o644, "ECS_CLUSTER=production\nECS_RESERVED_PORTS=[22,9999]\n");
+        for folder in ["usr/local/bin", "proc", "dev", "tmp", "sys", "bin", "sbin", "lib", "lib64"] {
+            fs::create_dir_all(scratch.0.join(folder)).expect("writable");
+        }
+        Self(scratch)
+    }
+
+    /// Runs the script with the scratch folder as root, in a mount namespace that ends with it.
+    fn run(&self, settings: &[(&str, &str)]) -> Output {
+        fs::write(self.0.0.join("calls"), "").expect("writable");
+        // The folders of the machine's programs, except for those where the script installs.
+        const ENTER: &str = r#"
+            set -e
+            for folder in bin sbin lib lib64 usr/bin usr/sbin usr/lib usr/lib64 usr/share dev proc; do
+                [[ -d /$folder ]] || continue
+                mkdir -p "$0/$folder"
+                mount --bind "/$folder" "$0/$folder"
+            done
+            exec chroot "$0" /usr/bin/env -i PATH=/fake:/usr/sbin:/usr/bin:/sbin:/bin "$@" /bin/bash /user-data.sh"#;
+        let settings = settings.iter().map(|(key, value)| format!("{key}={value}"));
+        run(Command::new("unshare").args(["--mount", "bash", "-c", ENTER]).arg(&self.0.0).args(settings))
+    }
+
+    fn calls(&self) -> String {
+        self.text("calls")
+    }
+
+    fn text(&self, path: &str) -> String {
+        fs::read_to_string(self.0.0.join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+    }
+
+    /// Inode, time of the last change in nanoseconds, and mode: what shows that a file was written again.
+    fn state(&self, path: &str) -> (u64, i64, u32) {
+        let found = fs::metadata(self.0.0.join(path)).unwrap_or_else(|error| panic!("{path}: {error}"));
+        (found.ino(), found.ctime_nsec(), found.mode() & 0o777)
+    }
+}
+
+fn sha256(path: &Path) -> String {
+    let output = run(Command::new("sha256sum").arg(path));
+    text(&output).split_whitespace().next().expect("sha256sum prints the sum first").to_owned()
+}
+
+const SETTINGS: [(&str, &str); 5] = [
+    ("MESH_BINARY_S3_URI", "s3://artefacts/mesh-agent"),
+    ("MESH_TRUST_DOMAIN", "prod.mesh"),
+    ("MESH_CA_BUNDLE", "/mesh/ca-bundle"),
+    ("MESH_JOIN_TOKEN", "arn:aws:secretsmanager:eu-central-1:1:secret:mesh"),
+    ("MESH_SERVICES_S3_URI", "s3://artefacts/services.toml"),
+];
+
+#[test]
+fn the_user_data_installs_and_changes_nothing_the_second_time() {
+    let instance = Instance::new("install");
+    let sum = sha256(&instance.0.0.join("agent"));
+    let settings: Vec<_> = SETTINGS.into_iter().chain([("MESH_BINARY_SHA256", sum.as_str())]).collect();
+    let output = instance.run(&settings);
+    assert!(output.status.success(), "{}", text(&output));
+
+    let agent = config::parse(&instance.text("etc/ecs-mesh/agent.toml")).unwrap_or_else(|faults| panic!("{faults:#?}"));
+    assert_eq!(agent.identity.trust_domain.as_str(), "prod.mesh");
+    assert_eq!(agent.host.cluster.as_ref().map(|cluster| cluster.as_str()), Some("production"));
+    assert_eq!(agent.host.zone.as_deref(), Some("eu-central-1a"));
+    assert_eq!(agent.services_file.as_deref(), Some(Path::new("/etc/ecs-mesh/services.toml")));
+    assert!(services::parse(&instance.text("etc/ecs-mesh/services.toml")).is_ok());
+    assert_eq!(instance.text("etc/ecs-mesh/ca-bundle.pem"), "sealed-bundle\n");
+    assert_eq!(instance.text("etc/ecs-mesh/join-token"), "token\n");
+    assert_eq!(instance.text("etc/systemd/system/ecs-mesh.service"), read("systemd/ecs-mesh.service"));
+    assert_eq!(
+        instance.text("etc/ecs/ecs.config"),
+        "ECS_CLUSTER=production\n\
+         ECS_RESERVED_PORTS=[22,2375,2376,9999,15001,15008,15020,15053,51678,51679]\n\
+         ECS_RESERVED_PORTS_UDP=[15053]\n"
+    );
+    assert_eq!(
+        instance.text("etc/sysctl.d/90-ecs-mesh.conf"),
+        "net.ipv4.ip_local_reserved_ports = 8080,15000-15003,15001,15008,15020,15053\n"
+    );
+    let calls = instance.calls();
+    for call in [
+        "mesh-agent config check /etc/ecs-mesh/agent.toml",
+        "sysctl -q -p /etc/sysctl.d/90-ecs-mesh.conf",
+        "systemctl enable ecs-mesh.service",
+        "systemctl restart ecs-mesh.service",
+    ] {
+        assert!(calls.lines().any(|line| line == call), "`{call}` is not among\n{calls}");
+    }
+
+    let files = [
+        ("usr/local/bin/mesh-agent", 0o755),
+        ("etc/ecs-mesh/agent.toml", 0o644),
+        ("etc/ecs-mesh/ca-bundle.pem", 0o600),
+        ("etc/ecs-mesh/join-token", 0o600),
+        ("etc/ecs-mesh/services.toml", 0o644),
+        ("etc/ecs/ecs.config", 0o644),
+        ("etc/sysctl.d/90-ecs-mesh.conf", 0o644),
+        ("etc/systemd/system/ecs-mesh.service", 0o644),
+    ];
+    let before = files.map(|(path, _)| instance.state(path));
+    assert_eq!(before.map(|(.., mode)| mode), files.map(|(_, mode)| mode));
+    let output = instance.run(&settings);
+    assert!(output.status.success(), "{}", text(&output));
+    assert_eq!(files.map(|(path, _)| instance.state(path)), before, "{}", text(&output));
+    let calls = instance.calls();
+    assert!(calls.contains("systemctl start ecs-mesh.service") && !calls.contains("restart"), "{calls}");
+    assert!(!calls.contains("s3://artefacts/mesh-agent"), "the binary is there already:\n{calls}");
+}
+
+#[test]
+fn the_user_data_makes_what_is_missing() {
+    let instance = Instance::new("fresh");
+    fs::remove_dir_all(instance.0.0.join("etc/ecs")).expect("it was made by this test");
+    let sum = sha256(&instance.0.0.join("agent"));
+    let more = [("MESH_BINARY_SHA256", sum.as_str()), ("MESH_CLUSTER", "staging")];
+    let output = instance.run(&SETTINGS.into_iter().chain(more).collect::<Vec<_>>());
+    assert!(output.status.success(), "{}", text(&output));
+    assert_eq!(
+        instance.text("etc/ecs/ecs.config"),
+        "ECS_CLUSTER=staging\n\
+         ECS_RESERVED_PORTS=[22,2375,2376,15001,15008,15020,15053,51678,51679]\n\
+         ECS_RESERVED_PORTS_UDP=[15053]\n"
+    );
+    let agent = config::parse(&instance.text("etc/ecs-mesh/agent.toml")).unwrap_or_else(|faults| panic!("{faults:#?}"));
+    assert_eq!(agent.host.cluster.as_ref().map(|cluster| cluster.as_str()), Some("staging"));
+}
+
+#[test]
+fn the_user_data_refuses_another_binary_and_missing_settings() {
+    let instance = Instance::new("refuse");
+    let wrong = "0".repeat(64);
+    let settings: Vec<_> = SETTINGS.into_iter().chain([("MESH_BINARY_SHA256", wrong.as_str())]).collect();
+    let output = instance.run(&settings);
+    assert!(!output.status.success());
+    assert!(text(&output).contains("MESH_BINARY_SHA256"), "{}", text(&output));
+    let left: Vec<_> = fs::read_dir(instance.0.0.join("usr/local/bin")).expect("it exists").collect();
+    assert!(left.is_empty(), "{left:?}");
+
+    for missing in
+        ["MESH_BINARY_S3_URI", "MESH_BINARY_SHA256", "MESH_TRUST_DOMAIN", "MESH_CA_BUNDLE", "MESH_JOIN_TOKEN"]
+    {
+        let settings: Vec<_> = settings.iter().copied().filter(|(key, _)| *key != missing).collect();
+        let output = instance.run(&settings);
+        assert!(!output.status.success(), "{missing}");
+        assert!(text(&output).contains(&format!("{missing} is not set")), "{}", text(&output));
+        assert_eq!(instance.calls(), "", "nothing is done without {missing}");
+    }
+}

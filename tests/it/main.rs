@@ -1,0 +1,6 @@
+//! All integration tests, in one binary. A module per behaviour; its first segment names the tier it needs.
+
+mod deploy;
+mod docker;
+mod kernel;
+mod netns;

@@ -1,0 +1,68 @@
+//! `bench`: runs one named benchmark and shows its figures. A benchmark is a bench target of the `benches` crate; it
+//! measures, prints `FIGURE name value unit` lines, and exits non-zero when a bound that it promises does not hold.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+
+use crate::test::Report;
+use crate::{build_ebpf, packages, process, workspace};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Which one; without a name they are listed
+    name: Option<String>,
+    /// What to pass on to it
+    #[arg(last = true)]
+    arguments: Vec<String>,
+}
+
+/// A benchmark and the first line of what its file says it is for.
+struct Bench {
+    name: String,
+    about: String,
+}
+
+/// Runs the benchmark, or lists them; false when a promised bound does not hold.
+pub fn run(args: &Args) -> Result<bool> {
+    let benches = find(&workspace::root().join("benches").join("benches"))?;
+    let Some(name) = &args.name else {
+        for bench in &benches {
+            println!("{:<16} {}", bench.name, bench.about);
+        }
+        if benches.is_empty() {
+            println!("there is no benchmark yet");
+        }
+        return Ok(true);
+    };
+    if !benches.iter().any(|bench| bench.name == *name) {
+        let names: Vec<&str> = benches.iter().map(|bench| bench.name.as_str()).collect();
+        let names = if names.is_empty() { "none yet".to_owned() } else { names.join(" ") };
+        bail!("no benchmark is called {name}; there are: {names}");
+    }
+    packages::ensure(&[packages::CC, packages::LIBC_DEV])?;
+    build_ebpf::ensure()?;
+    let mut cargo = process::cargo();
+    cargo.args(["bench", "--package", "mesh-benches", "--bench", name, "--"]).args(&args.arguments);
+    let mut report = Report::default();
+    report.step(name, cargo)?;
+    Ok(report.finish_figures())
+}
+
+/// Every benchmark in `folder`, by name.
+fn find(folder: &Path) -> Result<Vec<Bench>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).into_iter().flatten() {
+        let path = entry?.path();
+        if path.extension().is_none_or(|kind| kind != "rs") {
+            continue;
+        }
+        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let about = text.lines().find_map(|line| line.strip_prefix("//! ")).unwrap_or_default().to_owned();
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        found.push(Bench { name, about });
+    }
+    found.sort_by(|one, other| one.name.cmp(&other.name));
+    Ok(found)
+}

@@ -1,0 +1,52 @@
+//! Who may depend on whom between crates. Cargo forbids circles; this forbids the edges that would break a promise.
+
+use super::{Fault, Source};
+
+/// The crates whose dependencies are a promise, what they may depend on, and the promise.
+const ALLOWED: [(&str, &[&str], &str); 3] = [
+    ("mesh-common", &["aya"], "it is shared with the kernel programs, byte for byte"),
+    ("mesh-core", &["mesh-common", "ipnet", "serde", "thiserror", "toml"], "it decides and has no effects"),
+    ("mesh-ebpf", &["mesh-common", "aya-ebpf"], "it runs in the kernel"),
+];
+
+/// Crates that must build before any crate of the mesh does, because they build it or look at it from outside,
+/// and what of ours they may use all the same.
+const APART: [(&str, &[&str]); 2] = [("xtask", &["mesh-lab"]), ("lab", &[])];
+
+pub(super) fn check(source: &Source, faults: &mut Vec<Fault>) {
+    let Some(name) = source.path.strip_suffix("/Cargo.toml") else { return };
+    let allowed = ALLOWED.iter().find(|(of, _, _)| *of == name);
+    for (line, dependency) in dependencies(&source.text) {
+        if let Some((_, allowed, promise)) = allowed
+            && !allowed.contains(&dependency)
+        {
+            faults.push(Fault::new(source, line, format!("{name} may not depend on {dependency}: {promise}")));
+        }
+        let apart = APART.iter().find(|(of, _)| *of == name);
+        if apart.is_some_and(|(_, but)| dependency.starts_with("mesh-") && !but.contains(&dependency)) {
+            faults.push(Fault::new(source, line, format!("{name} may not depend on {dependency}: it builds first")));
+        }
+    }
+}
+
+/// Names under `[dependencies]`, `[dependencies.name]` and `[target.….dependencies]`, with their lines.
+/// What only tests or build scripts use is not in the product.
+fn dependencies(text: &str) -> Vec<(usize, &str)> {
+    let mut found = Vec::new();
+    let mut inside = false;
+    for (number, line) in (1..).zip(text.lines()) {
+        if let Some(section) = line.strip_prefix('[') {
+            let section = section.trim_end().trim_end_matches(']');
+            inside = section == "dependencies" || section.ends_with(".dependencies");
+            if let Some(name) = section.strip_prefix("dependencies.") {
+                found.push((number, name));
+            }
+        } else if inside && let Some((name, _)) = line.split_once(['=', '.']) {
+            let name = name.trim();
+            if !name.is_empty() && !name.starts_with('#') {
+                found.push((number, name));
+            }
+        }
+    }
+    found
+}
