@@ -52,6 +52,16 @@ pub fn image(snapshot: &Snapshot) -> Image {
     image
 }
 
+/// The part of the image that is about one address.
+pub fn image_at(snapshot: &Snapshot, addr: SocketAddr) -> Image {
+    let mut image = Image::default();
+    let addr = Addr::from(addr);
+    if let Some(destination) = snapshot.by_address.get(&addr) {
+        image.put(snapshot, addr, destination);
+    }
+    image
+}
+
 /// The images of two snapshots without what is the same in both, at a cost that goes with the difference: their [`diff`]
 /// is that of the whole images.
 ///

@@ -30,8 +30,8 @@ mod known;
 mod local;
 
 use known::Known;
-use local::{Locals, Member, Served};
 pub use local::{ENABLED_LABEL, SERVICE_LABEL, enrolled};
+use local::{Locals, Member, Served};
 
 /// Everything a snapshot is made from. All but the first two stay the same while an agent runs.
 pub struct Sources<'a> {
@@ -82,8 +82,10 @@ pub fn merge(before: &Merged, sources: &Sources<'_>) -> Merged {
     let mut suspects = known.suspects(before, sources.sets);
     // Somebody may have made room.
     suspects.extend(before.homeless.iter().cloned());
-    let definitions: Vec<_> =
-        suspects.into_iter().map(|name| (Definition::of(&name, sources.sets, known.locals.ports(&name)), name)).collect();
+    let definitions: Vec<_> = suspects
+        .into_iter()
+        .map(|name| (Definition::of(&name, sources.sets, known.locals.ports(&name)), name))
+        .collect();
     let vips = virtual_addresses(before, sources, &known, &definitions);
 
     let mut snapshot = previous.clone();
@@ -127,8 +129,7 @@ pub fn merge(before: &Merged, sources: &Sources<'_>) -> Merged {
     if before.known.as_ref().is_none_or(|before| !Arc::ptr_eq(&before.members, &known.members)) {
         let workloads = workloads(previous, &known, &mut snapshot.last.workload);
         if workloads != previous.workloads {
-            snapshot.by_number =
-                workloads.values().map(|workload| (workload.number, workload.clone())).collect();
+            snapshot.by_number = workloads.values().map(|workload| (workload.number, workload.clone())).collect();
             snapshot.workloads = workloads;
         }
     }

@@ -193,20 +193,18 @@ fn resolve<'a>(snapshot: &'a Snapshot, dst: OrigDst, trace: &mut Trace) -> Resul
         None => None,
     };
     found.ok_or_else(|| {
-        trace.say(|| {
-            match snapshot.service_at(dst.ip()) {
-                Some(service) => {
-                    let ports: Vec<_> = service.ports.iter().map(|port| port.port.to_string()).collect();
-                    let ports = if ports.is_empty() { "none".to_owned() } else { ports.join(", ") };
-                    format!(
-                        "{} is service {}, which has no port {}; its ports: {ports}",
-                        dst.ip(),
-                        service.name,
-                        dst.port()
-                    )
-                }
-                None => format!("{dst} is neither a virtual address nor a known endpoint"),
+        trace.say(|| match snapshot.service_at(dst.ip()) {
+            Some(service) => {
+                let ports: Vec<_> = service.ports.iter().map(|port| port.port.to_string()).collect();
+                let ports = if ports.is_empty() { "none".to_owned() } else { ports.join(", ") };
+                format!(
+                    "{} is service {}, which has no port {}; its ports: {ports}",
+                    dst.ip(),
+                    service.name,
+                    dst.port()
+                )
             }
+            None => format!("{dst} is neither a virtual address nor a known endpoint"),
         });
         Refusal::UnknownPort
     })

@@ -65,7 +65,9 @@ pub fn answer(snapshot: &Snapshot, naming: &Naming<'_>, name: &str, question: Qu
     if question == Question::Ptr
         && let Some(ip) = reverse(&name)
     {
-        return snapshot.service_at(ip).map_or(Answer::Forward, |service| Answer::Name { ttl, name: canonical(service, naming) });
+        return snapshot
+            .service_at(ip)
+            .map_or(Answer::Forward, |service| Answer::Name { ttl, name: canonical(service, naming) });
     }
     if let Some(service) = find(snapshot, naming, &name) {
         return match question {

@@ -120,12 +120,7 @@ fn endpoint_of<'a>(snapshot: &'a Snapshot, target: &Target) -> Option<(&'a Servi
 }
 
 /// Carries out the moves, with a number for every destination that has an address.
-fn number(
-    snapshot: &mut Snapshot,
-    previous: &Snapshot,
-    changes: &[Change],
-    moves: &BTreeMap<Addr, Option<Target>>,
-) {
+fn number(snapshot: &mut Snapshot, previous: &Snapshot, changes: &[Change], moves: &BTreeMap<Addr, Option<Target>>) {
     // Service ports have theirs already.
     for service in changes.iter().filter_map(|change| change.new.as_deref()) {
         for port in &service.ports {

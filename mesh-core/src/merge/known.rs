@@ -38,7 +38,8 @@ impl Known {
         let mut entries = BTreeSet::new();
         let mut families = false;
         for (old, new) in before.iter().flat_map(|before| &before.sets).zip(sources.sets) {
-            let changes = if old.services.ptr_eq(&new.services) { None } else { Some(old.services.diff(&new.services)) };
+            let changes =
+                if old.services.ptr_eq(&new.services) { None } else { Some(old.services.diff(&new.services)) };
             for change in changes.into_iter().flatten() {
                 let none: &[String] = &[];
                 let (name, is, was) = match change {

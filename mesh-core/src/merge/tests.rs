@@ -235,7 +235,9 @@ fn tables_are_those_of(snapshot: &Snapshot) -> Result<(), TestCaseError> {
     let mut claims: BTreeMap<_, BTreeSet<Target>> = BTreeMap::new();
     let mut numbers = BTreeSet::new();
     for service in snapshot.services.values() {
-        index::claim(service, |addr, target| drop(claims.entry(addr).or_default().insert(target)));
+        index::claim(service, |addr, target| {
+            claims.entry(addr).or_default().insert(target);
+        });
         numbers.extend(service.ports.iter().map(|port| port.id));
         let vips = [IpAddr::from(service.vip.v4), service.vip.v6.into()];
         prop_assert!(vips.iter().all(|ip| snapshot.service_at(*ip).is_some_and(|at| Arc::ptr_eq(at, service))));
