@@ -1,1 +1,3 @@
-//! .
+//! What the benchmarks of `benches/` are made of.
+
+pub mod whole;

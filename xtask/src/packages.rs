@@ -67,6 +67,7 @@ pub const CURL: Need = Need::program("curl", "curl", "an unmodified HTTP client"
 pub const REDIS: Need = Need::program("redis-server", "redis-server", "an unmodified TCP server and client");
 pub const REDIS_CLI: Need = Need::program("redis-tools", "redis-cli", "an unmodified TCP client");
 pub const NGINX: Need = Need::program("nginx", "nginx", "an unmodified HTTP server");
+pub const VALGRIND: Need = Need::program("valgrind", "valgrind", "counting instructions");
 pub const TCPDUMP: Need = Need::program("tcpdump", "tcpdump", "the packet capture");
 pub const MARIADB: Need = Need::program("mariadb-server-core", "mariadbd", "a server that speaks first");
 pub const MARIADB_CLIENT: Need = Need::program("mariadb-client-core", "mariadb", "its client");

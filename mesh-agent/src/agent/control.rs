@@ -123,7 +123,8 @@ impl Control {
             self.metrics.kernel_map(map, entries);
         }
         self.armed.send_replace(Some(self.reconciler.armed_tasks()));
-        tracing::debug!(generation = snapshot.generation, took = ?began.elapsed(), "turn");
+        let took_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        tracing::debug!(generation = snapshot.generation, took_us, "turn");
         again
     }
 }
