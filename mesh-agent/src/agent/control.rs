@@ -25,6 +25,7 @@ use crate::{
     identity::Identities,
     reconciler::Reconciler,
     state::{Publisher, vip_file},
+    sys::memory,
     telemetry::metrics::Metrics,
 };
 
@@ -119,6 +120,10 @@ impl Control {
             self.publisher.replace(snapshot.clone());
         }
         let again = self.reconciler.turn(&sources.tasks, snapshot);
+        if last.snapshot.generation == 0 {
+            // The first image of all that there is took more than anything later will.
+            memory::give_back();
+        }
         for (map, entries) in self.reconciler.entries() {
             self.metrics.kernel_map(map, entries);
         }
