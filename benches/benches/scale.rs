@@ -37,11 +37,18 @@ fn main() -> ExitCode {
     let done = match words.as_slice() {
         [] => measure(true),
         ["decisions"] => measure(false),
+        ["update"] => {
+            let mut bounds = Bounds(true);
+            update(&mut bounds);
+            Ok(bounds.0)
+        }
         ["agent"] => agent_alone(),
         // What this program does inside of containers.
         ["serve", port] => serve(port),
         ["open", target, count] => open(target, count),
-        other => Err(anyhow::anyhow!("`bench scale` takes nothing, or `decisions` or `agent` for one half: {other:?}")),
+        other => Err(anyhow::anyhow!(
+            "`bench scale` takes nothing, or `decisions`, `update` or `agent` for a part: {other:?}"
+        )),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,
@@ -130,15 +137,16 @@ fn nanoseconds(times: u32, mut decide: impl FnMut()) -> f64 {
 fn update(bounds: &mut Bounds) {
     let small = Size { services: 10, endpoints: 10, tasks: MANY.tasks };
     for (what, size) in [("100", small), ("50000", MANY)] {
-        let (world, heap) = (World::new(size), Region::new(HEAP));
+        let heap = Region::new(HEAP);
+        let world = World::new(size);
+        figure(&format!("scale_sources_of_{what}_kb"), kept(&heap), "kB");
+        let heap = Region::new(HEAP);
         let began = Instant::now();
         let before = world.merged(&Merged::default());
         let writes = dataplane::diff(&Default::default(), &dataplane::image(&before.snapshot)).len();
         figure(&format!("scale_first_of_{what}_ms"), began.elapsed().as_secs_f64() * 1e3, "ms");
         figure(&format!("scale_first_of_{what}_writes"), writes as f64, "writes");
-        let change = heap.change();
-        let kept = change.bytes_allocated.saturating_sub(change.bytes_deallocated);
-        figure(&format!("scale_snapshot_of_{what}_kb"), kept as f64 / 1e3, "kB");
+        figure(&format!("scale_snapshot_of_{what}_kb"), kept(&heap), "kB");
         let moved = world.with_one_moved();
         let one = || {
             let after = moved.merged(&before);
@@ -155,6 +163,12 @@ fn update(bounds: &mut Bounds) {
         bounds.at_most(&format!("scale_update_of_{what}_us"), best / 1e3, UPDATE_MS * 1e3);
         bounds.at_most(&format!("scale_update_of_{what}_bytes"), bytes, 256.0 * 1024.0);
     }
+}
+
+/// What is still held, in kilobytes.
+fn kept(heap: &Region<'_, System>) -> f64 {
+    let change = heap.change();
+    change.bytes_allocated.saturating_sub(change.bytes_deallocated) as f64 / 1e3
 }
 
 /// The agent that `MESH_AGENT` names, else a release build.

@@ -89,6 +89,7 @@ fn measure_on(cluster: &Cluster, program: &Path, helper: &Path, size: Size) -> R
     found.add("scale_agent_start_ms", ready.as_secs_f64() * 1e3, "ms");
     thread::sleep(REST);
     found.add("scale_agent_resident_mb", memory(&process, "VmRSS:")?, "MB");
+    found.add("scale_agent_anonymous_mb", memory(&process, "RssAnon:")?, "MB");
     found.add("scale_agent_peak_mb", memory(&process, "VmHWM:")?, "MB");
     let (before, began) = (processor_time(&process)?, Instant::now());
     thread::sleep(IDLE);

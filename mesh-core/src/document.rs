@@ -23,11 +23,13 @@ use crate::config::Fault;
 pub(crate) fn read<T>(text: &str, read: impl FnOnce(&mut Section<'_>) -> Option<T>) -> Result<T, Vec<Fault>> {
     // Borrows its words from the text: a file of services can be long.
     let table = Table::parse(text).map_err(|error| vec![syntax(text, &error)])?.into_inner();
-    let mut root = Section { path: String::new(), table, asked: BTreeSet::new(), faults: Vec::new() };
+    let mut root =
+        Section { path: String::new(), table, asked: BTreeSet::new(), faults: Vec::new(), spent: Vec::new() };
     let value = read(&mut root);
-    match (value, root.finish()) {
-        (Some(value), faults) if faults.is_empty() => Ok(value),
-        (_, faults) => Err(faults),
+    let (faults, _spent) = root.finish();
+    match value {
+        Some(value) if faults.is_empty() => Ok(value),
+        Some(_) | None => Err(faults),
     }
 }
 
@@ -45,6 +47,10 @@ pub(crate) struct Section<'a> {
     table: Table<'a>,
     asked: BTreeSet<&'static str>,
     faults: Vec<Fault>,
+    /// What has been read, kept until all is. Of a long document the tree is many times as large as what is made of it:
+    /// were the one freed piece by piece, the other would be scattered over its room, and none of that could be given
+    /// back to the system.
+    spent: Vec<Value<'a>>,
 }
 
 impl<'a> Section<'a> {
@@ -205,7 +211,7 @@ impl<'a> Section<'a> {
 
     /// A list of tables. Each is called by its `name`, where it has one, otherwise by its position.
     pub(crate) fn sections<T>(&mut self, key: &'static str, mut read: impl FnMut(&mut Self) -> Option<T>) -> Vec<T> {
-        let items = match self.take(key) {
+        let mut items = match self.take(key) {
             Some(Value::Array(items)) => items,
             Some(other) => {
                 return self
@@ -215,8 +221,8 @@ impl<'a> Section<'a> {
             None => return Vec::new(),
         };
         let mut values = Vec::with_capacity(items.len());
-        for (n, item) in items.into_iter().enumerate() {
-            match item.into_inner() {
+        for (n, item) in items.iter_mut().enumerate() {
+            match std::mem::replace(item.get_mut(), Value::Boolean(false)) {
                 Value::Table(table) => {
                     let place = match table.get("name").and_then(|name| name.get_ref().as_str()) {
                         Some(name) => format!("{key}[{}]", name.escape_debug()),
@@ -230,14 +236,18 @@ impl<'a> Section<'a> {
                 }
             }
         }
+        self.spent.push(Value::Array(items));
         values
     }
 
     fn child<T>(&mut self, key: String, table: Table<'a>, read: impl FnOnce(&mut Self) -> T) -> T {
         let path = if self.path.is_empty() { key } else { format!("{}.{key}", self.path) };
-        let mut child = Self { path, table, asked: BTreeSet::new(), faults: Vec::new() };
+        let spent = std::mem::take(&mut self.spent);
+        let mut child = Self { path, table, asked: BTreeSet::new(), faults: Vec::new(), spent };
         let value = read(&mut child);
-        self.faults.extend(child.finish());
+        let (faults, spent) = child.finish();
+        self.faults.extend(faults);
+        self.spent = spent;
         value
     }
 
@@ -252,8 +262,9 @@ impl<'a> Section<'a> {
     }
 
     /// Whatever is left in the table was not asked for.
-    fn finish(mut self) -> Vec<Fault> {
-        for key in std::mem::take(&mut self.table).keys() {
+    fn finish(mut self) -> (Vec<Fault>, Vec<Value<'a>>) {
+        let table = std::mem::take(&mut self.table);
+        for key in table.keys() {
             let key = key.get_ref();
             let remedy = match nearest(key, &self.asked) {
                 Some(known) => format!("did you mean `{known}`?"),
@@ -264,7 +275,8 @@ impl<'a> Section<'a> {
             };
             self.fault(&key.escape_debug().to_string(), "is not known", remedy);
         }
-        self.faults
+        self.spent.push(Value::Table(table));
+        (self.faults, self.spent)
     }
 }
 
