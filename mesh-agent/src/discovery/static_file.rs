@@ -56,6 +56,13 @@ impl StaticFile {
 
     /// Reads the file. `None`: it is as it was the last time.
     pub fn load(&mut self) -> Option<Report> {
+        let report = self.read();
+        // A long file took many times what is left of it.
+        memory::give_back();
+        report
+    }
+
+    fn read(&mut self) -> Option<Report> {
         let read = std::fs::read_to_string(&self.path);
         let content = match &read {
             Ok(text) => Content::Text(fingerprint(text)),
@@ -70,7 +77,6 @@ impl StaticFile {
             Ok(text) => services::parse(&text).map_err(|faults| SourceError::Invalid { path, faults }),
             Err(source) => Err(SourceError::Read { path, source }),
         };
-        memory::give_back();
         Some(Report { source: self.source, outcome })
     }
 
