@@ -12,6 +12,7 @@ mod status;
 use std::{
     io,
     net::SocketAddr,
+    num::NonZero,
     path::Path,
     sync::{
         Arc,
@@ -36,7 +37,11 @@ use crate::{
     discovery::{self, Backend},
     dns::DnsCounters,
     identity::{Identities, IdentityError},
-    proxy::{Proxy, places::Namespaces},
+    proxy::{
+        self, Proxy,
+        places::Namespaces,
+        workers::{WorkerError, Workers},
+    },
     reconciler::{Reconciler, Servers, StartError, serve_tunnels},
     state::{self, Published},
     sys::{
@@ -85,6 +90,8 @@ pub enum AgentError {
     OwnIdentity(#[from] InvalidName),
     #[error("cannot set up TLS")]
     Tls(#[from] TlsError),
+    #[error(transparent)]
+    Workers(#[from] WorkerError),
     #[error("cannot listen for tunnels on {addr}: free the port, or set `proxy.tunnel_listen`")]
     TunnelPort { addr: SocketAddr, source: io::Error },
     #[error(transparent)]
@@ -138,25 +145,11 @@ pub async fn run(
 
     // The way of a connection: listeners in namespaces, the proxy, tunnels.
     let namespaces = Arc::new(Namespaces::default());
-    let dialer = Dialer::new(
-        identities.clone(),
-        Settings {
-            connect_timeout: config.proxy.connect_timeout,
-            socket: Arc::new(marked_socket),
-            ..Settings::default()
-        },
-    )?;
-    let proxy = Proxy::new(
-        published.clone(),
-        dialer.clone(),
-        namespaces.clone(),
-        telemetry.clone(),
-        config.proxy.connect_timeout,
-    );
+    let workers = Arc::new(workers(&config, &identities, &published, &namespaces, &telemetry)?);
     let (drain, draining) = watch::channel(false);
     let servers = Servers {
         config: config.clone(),
-        proxy: proxy.clone(),
+        workers: workers.clone(),
         namespaces,
         flows: readers.flows.clone(),
         published: published.clone(),
@@ -184,8 +177,9 @@ pub async fn run(
         counters: readers.counters,
         heart: readers.heart,
     });
-    let figures = figures(&telemetry, &status, &servers.dns_counters, &dialer);
-    let admin = Admin::bind(&config.admin, handles(&config, &published, &proxy, &status, figures, &telemetry)).await?;
+    let figures = figures(&telemetry, &status, &servers.dns_counters, &workers);
+    let admin =
+        Admin::bind(&config.admin, handles(&config, &published, &workers, &status, figures, &telemetry)).await?;
 
     // Attach. From here on, an error must detach again.
     let mut reconciler = Reconciler::new(maps, servers.clone())?;
@@ -206,7 +200,7 @@ pub async fn run(
     // Everything runs.
     let (report, reports) = mpsc::channel(REPORTS);
     let mut running = JoinSet::new();
-    running.spawn(beat(readers.pulse, config.kernel.heartbeat_limit / BEATS_PER_LIMIT));
+    running.spawn(beat(readers.pulse, workers.clone(), config.kernel.heartbeat_limit / BEATS_PER_LIMIT));
     running.spawn(async move {
         if let Err(error) = kernel_events::forward(readers.events, report).await {
             tracing::error!(%error, "kernel reports are not read");
@@ -214,7 +208,6 @@ pub async fn run(
     });
     running.spawn(events::record(reports, published.clone(), telemetry.clone()));
     running.spawn(identities.clone().keep_fresh());
-    running.spawn(proxy.clone().keep_house());
     running.spawn(serve_tunnels(servers.clone(), tunnels, presents(published, own.clone())));
     running.spawn(tell_ready(armed, ready));
     let stopped = drain.subscribe();
@@ -250,11 +243,11 @@ pub async fn run(
         // Nobody told it to.
         ended = &mut control => Err(ended.err()),
     };
-    tracing::info!(connections = proxy.connections(), "stopping");
-    proxy.drain();
+    tracing::info!(connections = workers.connections(), "stopping");
+    workers.drain();
     drain.send_replace(true);
-    if tokio::time::timeout(config.proxy.drain, proxy.idle()).await.is_err() {
-        tracing::warn!(connections = proxy.connections(), "connections are cut off: they outlasted `proxy.drain`");
+    if tokio::time::timeout(config.proxy.drain, workers.idle()).await.is_err() {
+        tracing::warn!(connections = workers.connections(), "connections are cut off: they outlasted `proxy.drain`");
     }
     let stopped = controlled.map(drop);
     programs.remove()?;
@@ -262,6 +255,39 @@ pub async fn run(
     stopped.map_err(AgentError::ControlEnded)?;
     tracing::info!("stopped; nothing is left in the kernel");
     Ok(())
+}
+
+/// The threads that carry connections, each with tunnels of its own.
+fn workers(
+    config: &Config,
+    identities: &Identities,
+    published: &Published,
+    namespaces: &Arc<Namespaces>,
+    telemetry: &Telemetry,
+) -> Result<Workers, AgentError> {
+    let settings = Settings {
+        connect_timeout: config.proxy.connect_timeout,
+        socket: Arc::new(marked_socket),
+        ..Settings::default()
+    };
+    let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let count = config.proxy.threads.and_then(|count| usize::try_from(count).ok()).unwrap_or(cpus);
+    let mut first: Option<Arc<Proxy>> = None;
+    Workers::start(count, || {
+        let dialer = Dialer::new(identities.clone(), settings.clone())?;
+        let proxy = match &first {
+            Some(first) => first.sibling(dialer),
+            None => Proxy::new(
+                published.clone(),
+                dialer,
+                namespaces.clone(),
+                telemetry.clone(),
+                config.proxy.connect_timeout,
+            ),
+        };
+        first.get_or_insert(proxy.clone());
+        Ok(proxy)
+    })
 }
 
 fn backends(config: &Config) -> Vec<Backend> {
@@ -303,12 +329,12 @@ fn presents(published: Published, own: SpiffeId) -> Arc<Presents> {
 fn handles(
     config: &Config,
     published: &Published,
-    proxy: &Arc<Proxy>,
+    workers: &Arc<Workers>,
     status: &Arc<StatusSource>,
     figures: impl Fn() + Send + Sync + 'static,
     telemetry: &Telemetry,
 ) -> Handles {
-    let (load, now, draw) = (proxy.clone(), proxy.clone(), proxy.clone());
+    let (load, now) = (workers.clone(), workers.clone());
     let (for_status, for_ready) = (status.clone(), status.clone());
     let metrics = telemetry.metrics.clone();
     Handles {
@@ -321,7 +347,7 @@ fn handles(
         ready: Arc::new(move || for_ready.ready()),
         load: Arc::new(move |endpoint| load.load(endpoint)),
         now: Arc::new(move || now.now()),
-        draw: Arc::new(move || draw.draw()),
+        draw: Arc::new(proxy::draw),
         dns: config.dns.clone(),
         vips: config.vip.clone(),
     }
@@ -332,9 +358,9 @@ fn figures(
     telemetry: &Telemetry,
     status: &Arc<StatusSource>,
     dns: &Arc<DnsCounters>,
-    dialer: &Dialer,
+    workers: &Arc<Workers>,
 ) -> impl Fn() + Send + Sync + 'static {
-    let (metrics, status, dns, dialer) = (telemetry.metrics.clone(), status.clone(), dns.clone(), dialer.clone());
+    let (metrics, status, dns, workers) = (telemetry.metrics.clone(), status.clone(), dns.clone(), workers.clone());
     move || {
         let total = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         metrics.kernel(&status.counters());
@@ -345,7 +371,7 @@ fn figures(
             (DnsOutcome::Overload, total(&dns.overload)),
             (DnsOutcome::Malformed, total(&dns.garbage)),
         ]);
-        let tunnels = dialer.figures();
+        let tunnels = workers.tunnels();
         metrics.tunnels(tunnels.handshakes, tunnels.connections, tunnels.streams);
     }
 }
@@ -390,11 +416,13 @@ impl From<Ipv6Net> for Ipv6Prefix {
     }
 }
 
-/// Shows the hooks that the runtime is alive. A runtime that hangs does not get here.
-async fn beat(mut pulse: Pulse, every: Duration) {
+/// Shows the hooks that the agent is alive. A runtime that hangs does not get here, nor does one that waits for a worker
+/// that hangs.
+async fn beat(mut pulse: Pulse, workers: Arc<Workers>, every: Duration) {
     let mut ticks = tokio::time::interval(every);
     loop {
         ticks.tick().await;
+        workers.answered().await;
         if let Err(error) = pulse.beat() {
             tracing::error!(%error, "cannot give a sign of life; the kernel will take the agent for dead");
         }

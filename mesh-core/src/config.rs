@@ -92,6 +92,8 @@ pub struct Proxy {
     pub connect_timeout: Duration,
     /// How long existing connections may finish on stop; default 5 s.
     pub drain: Duration,
+    /// Threads that carry connections. `None`: one for each CPU that the agent may use.
+    pub threads: Option<u32>,
 }
 
 #[derive(Clone, Debug, PartialEq)]

@@ -23,11 +23,7 @@ use mesh_core::{
     model::{Protocol as Spoken, Workload},
     plan,
 };
-use tokio::{
-    io::AsyncReadExt as _,
-    net::{TcpListener, TcpStream},
-    task::JoinSet,
-};
+use tokio::{io::AsyncReadExt as _, net::TcpStream, sync::watch, task::JoinSet};
 
 use super::{
     Proxy, copy,
@@ -36,9 +32,10 @@ use super::{
     route::{self, Route, Upstream},
     seen::Spoke,
     wire::{self, Wire},
+    workers::Workers,
 };
 use crate::{
-    sys::flows::Flows,
+    sys::{flows::Flows, socket::Acceptor},
     telemetry::{
         access::{Access, Destination, Source},
         metrics::{Direction, Outcome, Protocol},
@@ -79,26 +76,31 @@ pub enum Originals {
     Fixed(SocketAddr),
 }
 
-/// Accepts on `listener` until the proxy drains, then returns when the last connection has ended. Dropping the future
-/// closes the listener and cuts its connections: a socket of ours would keep the namespace of a task alive that has
-/// gone.
-pub async fn serve(proxy: Arc<Proxy>, listener: TcpListener, place: Place) {
+/// Accepts on `listener` until `drain` turns true or its sender is gone, then returns when the last connection has ended.
+/// Dropping the future closes the listener and cuts its connections: a socket of ours would keep the namespace of a task
+/// alive that has gone.
+pub async fn serve(workers: Arc<Workers>, listener: Acceptor, place: Place, mut drain: watch::Receiver<bool>) {
     if let Err(error) = wire::tune(&listener) {
         tracing::warn!(%error, "cannot set socket options on a listener");
     }
     let place = Arc::new(place);
-    let mut drain = proxy.drain.subscribe();
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             Some(_ended) = connections.join_next() => continue,
-            // The sender lives in the proxy that we hold.
+            // A sender that is gone means the same.
             _ = drain.wait_for(|drain| *drain) => break,
         };
         match accepted {
             Ok((client, peer)) => {
-                connections.spawn(carry(proxy.clone(), place.clone(), client, peer));
+                let place = place.clone();
+                workers.spawn(&mut connections, |proxy| async move {
+                    match TcpStream::from_std(client) {
+                        Ok(client) => carry(proxy, place, client, peer).await,
+                        Err(error) => tracing::warn!(%error, "cannot watch a connection"),
+                    }
+                });
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot accept connections");

@@ -102,6 +102,7 @@ fn proxy(s: &mut Section) -> Proxy {
         tunnel_listen: socket(s, "tunnel_listen", Ipv4Addr::UNSPECIFIED, 15_008),
         connect_timeout: s.duration("connect_timeout", min, max).unwrap_or(Duration::from_secs(5)),
         drain: s.duration("drain", Duration::ZERO, HOUR).unwrap_or(Duration::from_secs(5)),
+        threads: s.number("threads", 1, 1024),
     }
 }
 

@@ -2,12 +2,12 @@
 
 use http_body_util::Empty;
 use hyper_util::rt::TokioIo;
-use tokio::{io::AsyncWriteExt as _, sync::watch};
+use tokio::{io::AsyncWriteExt as _, sync::watch, task::JoinSet};
 
 use super::*;
 use crate::{
     proxy::inbound,
-    transport::accept::{Acceptance, serve},
+    transport::accept::{Acceptance, Arrival, serve},
 };
 
 /// The agent in front of an application, and where it takes tunnels.
@@ -20,7 +20,7 @@ struct Far {
 async fn far(identities: Identities, app: SocketAddr) -> Far {
     let agent = Agent::with(identities);
     agent.publish(snapshot(Protocol::Auto, vec![local(app)]));
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let listener = Acceptor::new(TcpListener::bind("127.0.0.1:0").await.unwrap().into_std().unwrap()).unwrap();
     let tunnels = listener.local_addr().unwrap();
     let acceptance = Acceptance {
         presents: Arc::new(|_, _| Some(id("world"))),
@@ -30,8 +30,11 @@ async fn far(identities: Identities, app: SocketAddr) -> Far {
     };
     let (drain, draining) = watch::channel(false);
     let proxy = agent.proxy.clone();
-    let handler = move |request| inbound::handle(proxy.clone(), request);
-    tokio::spawn(serve(listener, agent.identities.clone(), acceptance, handler, draining));
+    let spawn = move |connections: &mut JoinSet<()>, arrival: Arrival| {
+        let proxy = proxy.clone();
+        connections.spawn(arrival.run(move |request| inbound::handle(proxy.clone(), request)));
+    };
+    tokio::spawn(serve(listener, agent.identities.clone(), acceptance, spawn, draining));
     Far { agent, tunnels, _drain: drain }
 }
 

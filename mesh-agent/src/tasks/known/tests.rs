@@ -81,11 +81,8 @@ fn a_namespace_is_not_lost_with_the_process_that_showed_it() {
     let cgroup = dir.0.join("tasks").join(ID);
     std::fs::create_dir_all(&cgroup).unwrap();
     let members = |pid: u32| std::fs::write(cgroup.join("cgroup.procs"), format!("{pid}\n")).unwrap();
-    let places = Places {
-        cgroup_root: Some(dir.0.clone()),
-        netns_dir: dir.0.join("no-files-yet"),
-        learnt_parent: None,
-    };
+    let places =
+        Places { cgroup_root: Some(dir.0.clone()), netns_dir: dir.0.join("no-files-yet"), learnt_parent: None };
     let mut known = Known::new(places, None);
     known.inspected(seen("created", "", 1));
     assert!(known.locate_cgroups());
