@@ -26,6 +26,7 @@ use mesh_common::maps::{Knobs, knobs};
 use mesh_core::{
     config::Config,
     id::{InvalidName, ServiceName, SpiffeId},
+    merge::Merged,
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -229,7 +230,7 @@ pub async fn run(
         sets: discovery.sets.clone(),
         metrics: telemetry.metrics.clone(),
         armed: armed_sender,
-        homeless: std::collections::BTreeSet::new(),
+        merged: Merged::default(),
     };
     let mut control = tokio::spawn(control.run(control_stopped));
 
@@ -316,9 +317,10 @@ fn failed_tunnels(telemetry: &Telemetry) -> Arc<dyn Fn(crate::transport::accept:
 fn presents(published: Published, own: SpiffeId) -> Arc<Presents> {
     Arc::new(move |_, sni| {
         let snapshot = published.load();
-        let mut identities = snapshot.workloads.values().map(|workload| &workload.identity);
-        let expected = sni.and_then(|sni| identities.clone().chain([&own]).find(|id| sni_of(id) == sni));
+        let identities = || snapshot.workloads.values().map(|workload| &workload.identity);
+        let expected = sni.and_then(|sni| identities().chain([&own]).find(|id| sni_of(id) == sni));
         let only = || {
+            let mut identities = identities();
             let first = identities.next();
             first.filter(|first| identities.all(|other| other == *first))
         };

@@ -117,7 +117,11 @@ impl Collected {
                 status.loaded_at = Some(now);
                 status.error = None;
                 tracing::info!(source = %status.backend, services = set.services.len(), "services loaded");
-                self.by_source.insert(report.source, set.clone()).is_none_or(|last| last != set)
+                let last = self.by_source.entry(report.source).or_default();
+                let set = set.sharing(last);
+                let changed = set != *last;
+                *last = set;
+                changed
             }
             Err(error) => {
                 tracing::warn!(source = %status.backend, error = &error as &dyn std::error::Error, "services not loaded");

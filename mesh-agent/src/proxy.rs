@@ -104,9 +104,11 @@ impl Proxy {
     /// publishes the snapshot's figures. To be spawned for each sibling.
     pub async fn keep_house(self: Arc<Self>) {
         let mut published = self.published.clone();
+        let mut last = Arc::default();
         loop {
             let snapshot = published.load();
-            self.telemetry.metrics.snapshot(&snapshot);
+            self.telemetry.metrics.snapshot(&last, &snapshot);
+            last = snapshot.clone();
             self.loads.retain_known(&snapshot);
             self.seen.retain_known(&snapshot);
             loop {

@@ -151,7 +151,7 @@ impl Reconciler {
     }
 
     /// Does what has to be done. When something failed that is worth another try: after how long.
-    pub fn turn(&mut self, tasks: &[Task], snapshot: &Snapshot) -> Option<Duration> {
+    pub fn turn(&mut self, tasks: &[Task], snapshot: &Arc<Snapshot>) -> Option<Duration> {
         let complain = self.failures >= PATIENCE && (self.failures - PATIENCE).is_multiple_of(COMPLAIN_EACH);
         let mut again = self.dataplane.apply(&mut self.maps, snapshot, self.failures == 0 || complain);
         let observed: BTreeSet<_> = tasks.iter().flat_map(paths).collect();
@@ -241,7 +241,7 @@ impl Reconciler {
 
     /// How many entries each kernel map holds of ours.
     pub fn entries(&self) -> [(&'static str, usize); 5] {
-        let (services, endpoints, grants) = self.dataplane.sizes();
+        let [services, endpoints, grants] = self.dataplane.sizes();
         let namespaces = self.spaces.len() + usize::from(self.host.is_some());
         [
             ("services", services),

@@ -47,9 +47,10 @@ impl Published {
 
 impl Publisher {
     /// Replaces the snapshot and wakes who waits.
-    pub fn replace(&self, snapshot: Snapshot) {
+    pub fn replace(&self, snapshot: impl Into<Arc<Snapshot>>) {
+        let snapshot = snapshot.into();
         let generation = snapshot.generation;
-        self.current.store(Arc::new(snapshot));
+        self.current.store(snapshot);
         self.generation.send_replace(generation);
     }
 

@@ -5,19 +5,19 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
+    sync::Arc,
 };
 
 use proptest::prelude::*;
 
 use crate::{
-    config::Enrol,
+    config::{Enrol, VipRanges},
     id::{ClusterName, ServiceName, SpiffeId, TrustDomain},
-    merge::{self, ENABLED_LABEL, SERVICE_LABEL, Sources},
+    merge::{self, ENABLED_LABEL, Merged, SERVICE_LABEL, Sources},
     model::{OnAgentDeath, Protocol, Snapshot, TlsMode},
     policy::{Effect, Policy, Rule},
     services::{EndpointEntry, PortEntry, ServiceEntry, ServiceSet},
     task::{Container, ContainerHealth, NetworkMode, Phase, Published, Task},
-    vip::VipTable,
 };
 
 /// Everything a snapshot is made from, owned.
@@ -30,6 +30,7 @@ pub(crate) struct World {
     pub(crate) trust_domain: TrustDomain,
     pub(crate) host: IpAddr,
     pub(crate) tunnel: SocketAddr,
+    pub(crate) vips: VipRanges,
 }
 
 impl Default for World {
@@ -48,6 +49,10 @@ impl Default for World {
             trust_domain: "a".parse().expect("valid"),
             host: "10.90.1.10".parse().expect("valid"),
             tunnel: "10.90.1.10:15008".parse().expect("valid"),
+            vips: VipRanges {
+                v4: "240.240.0.0/16".parse().expect("valid"),
+                v6: "fd65:6373:6d65:7368::/96".parse().expect("valid"),
+            },
         }
     }
 }
@@ -56,22 +61,22 @@ impl World {
     pub(crate) fn sources(&self) -> Sources<'_> {
         Sources {
             sets: &self.sets,
-            tasks: &self.tasks,
+            tasks: Arc::new(self.tasks.clone()),
             enrol: &self.enrol,
             cluster: &self.cluster,
             trust_domain: &self.trust_domain,
             host: self.host,
             tunnel: self.tunnel,
             zone: Some("z"),
+            vips: &self.vips,
         }
     }
 
-    /// The snapshot after `previous`, as the agent makes it.
+    /// The snapshot after `previous`, of which nothing else is known: made from the beginning.
     pub(crate) fn after(&self, previous: &Snapshot) -> Snapshot {
-        let mut vips = VipTable::default();
-        let (v4, v6) = ("240.240.0.0/16".parse().expect("valid"), "fd65:6373:6d65:7368::/96".parse().expect("valid"));
-        vips.assign(merge::names(&self.sources()).iter(), v4, v6);
-        merge::merge(previous, &self.sources(), &vips)
+        let mut before = Merged::default();
+        before.snapshot = Arc::new(previous.clone());
+        Snapshot::clone(&merge::merge(&before, &self.sources()).snapshot)
     }
 
     /// The first snapshot.
@@ -207,7 +212,7 @@ fn service_set() -> impl Strategy<Value = ServiceSet> {
             let families = if name.as_str() == "world" { vec!["world-v1".into()] } else { Vec::new() };
             ServiceEntry { name, ports, endpoints, tls, on_agent_death, families }
         };
-        ServiceSet { services: services.into_iter().map(entry).collect(), policy }
+        ServiceSet { policy: policy.map(Arc::new), ..ServiceSet::of(services.into_iter().map(entry)) }
     })
 }
 
@@ -224,6 +229,72 @@ pub(crate) fn world() -> impl Strategy<Value = World> {
         tasks.dedup_by(|a, b| a.id == b.id);
         World { sets, tasks, ..World::default() }
     })
+}
+
+/// A host as time passes: now and then a task, a service, an endpoint or the policy changes, and sometimes everything.
+pub(crate) fn worlds() -> impl Strategy<Value = Vec<World>> {
+    let step = prop_oneof![
+        1 => world().prop_map(Step::Everything),
+        4 => task().prop_map(Step::Task),
+        2 => any::<prop::sample::Index>().prop_map(Step::TaskGone),
+        4 => (any::<prop::sample::Index>(), service_set()).prop_map(|(set, some)| Step::Services(set, some)),
+        2 => (any::<prop::sample::Index>(), service_name()).prop_map(|(set, name)| Step::ServiceGone(set, name)),
+        2 => (any::<prop::sample::Index>(), service_name(), endpoint_entry())
+            .prop_map(|(set, name, entry)| Step::Endpoint(set, name, entry)),
+        1 => Just(Step::Nothing),
+    ];
+    (world(), prop::collection::vec(step, 1..8)).prop_map(|(mut world, steps)| {
+        let mut worlds = vec![world.clone()];
+        for step in steps {
+            step.happens(&mut world);
+            worlds.push(world.clone());
+        }
+        worlds
+    })
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Everything(World),
+    Task(Task),
+    TaskGone(prop::sample::Index),
+    Services(prop::sample::Index, ServiceSet),
+    ServiceGone(prop::sample::Index, ServiceName),
+    Endpoint(prop::sample::Index, ServiceName, EndpointEntry),
+    Nothing,
+}
+
+impl Step {
+    fn happens(self, world: &mut World) {
+        fn pick(sets: &mut [ServiceSet], at: prop::sample::Index) -> Option<&mut ServiceSet> {
+            if sets.is_empty() { None } else { Some(at.get_mut(sets)) }
+        }
+        let World { sets, tasks, .. } = world;
+        match self {
+            Self::Everything(other) => *world = other,
+            Self::Task(task) => match tasks.iter_mut().find(|known| known.id == task.id) {
+                Some(known) => *known = task,
+                None => tasks.push(task),
+            },
+            Self::TaskGone(at) if !tasks.is_empty() => drop(tasks.remove(at.index(tasks.len()))),
+            Self::Services(at, some) => {
+                if let Some(set) = pick(sets, at) {
+                    set.services.extend(some.services);
+                    set.policy = some.policy;
+                }
+            }
+            Self::ServiceGone(at, name) => drop(pick(sets, at).and_then(|set| set.services.remove(&name))),
+            Self::Endpoint(at, name, entry) => {
+                if let Some(service) = pick(sets, at).and_then(|set| set.services.get_mut(&name)) {
+                    let mut changed = ServiceEntry::clone(service);
+                    changed.endpoints.retain(|known| known.addr != entry.addr);
+                    changed.endpoints.push(entry);
+                    *service = Arc::new(changed);
+                }
+            }
+            Self::TaskGone(_) | Self::Nothing => {}
+        }
+    }
 }
 
 pub(crate) fn service_name() -> impl Strategy<Value = ServiceName> {

@@ -8,14 +8,15 @@ use std::{
     sync::Arc,
 };
 
+use imbl::ordmap::DiffItem;
 use mesh_common::{
-    addr::Addr,
+    addr::{Addr, Ip},
     maps::{Endpoint, EndpointKey, GrantKey, Service, service},
 };
 
 use crate::{
     id::ServiceName,
-    model::{self, Health, OnAgentDeath, Protocol, Reach, ServicePort, Snapshot, Target, Workload},
+    model::{self, Destination, Health, OnAgentDeath, Protocol, Reach, ServicePort, Snapshot, Target, Workload},
     policy::Effect,
 };
 
@@ -45,34 +46,82 @@ pub enum Write {
 /// or while the agent is away.
 pub fn image(snapshot: &Snapshot) -> Image {
     let mut image = Image::default();
-    for (addr, target) in &snapshot.by_address {
-        let (Target::Service { service: name, port } | Target::Endpoint { service: name, port, .. }) = target;
-        let Some(service) = snapshot.services.get(name) else { continue };
-        let Some(port) = service.port_index(*port).map(|index| &service.ports[index]) else { continue };
-        let value = match target {
-            Target::Service { .. } => {
-                let healthy = || port.endpoints.iter().filter(|endpoint| endpoint.health == Health::Healthy);
-                image.slots(
-                    port.id,
-                    healthy().filter_map(|e| direct(snapshot, name, e)),
-                    healthy().filter_map(|e| open(snapshot, name, e)),
-                )
-            }
-            // Whoever names an endpoint means it, healthy or not.
-            Target::Endpoint { endpoint, .. } => {
-                let number = snapshot.endpoint_numbers.get(target);
-                let (Some(number), Some(endpoint)) = (number, port.endpoint(endpoint)) else { continue };
-                image.slots(
-                    *number,
-                    direct(snapshot, name, endpoint).into_iter(),
-                    open(snapshot, name, endpoint).into_iter(),
-                )
-            }
-        };
-        let flags = image.flags(snapshot, service, port, value);
-        image.services.insert((*addr).into(), Service { flags, ..value });
+    for (addr, destination) in &snapshot.by_address {
+        image.put(snapshot, *addr, destination);
     }
     image
+}
+
+/// The part of the image that is about one address.
+pub fn image_at(snapshot: &Snapshot, addr: SocketAddr) -> Image {
+    let mut image = Image::default();
+    let addr = Addr::from(addr);
+    if let Some(destination) = snapshot.by_address.get(&addr) {
+        image.put(snapshot, addr, destination);
+    }
+    image
+}
+
+/// The images of two snapshots without what is the same in both, at a cost that goes with the difference: their [`diff`]
+/// is that of the whole images.
+///
+/// What the kernel knows of a destination follows from its service, from the policy, and from who works here. So these
+/// are compared, and the images are made of the destinations that one of them is about.
+pub fn around(from: &Snapshot, to: &Snapshot) -> (Image, Image) {
+    if from.policy != to.policy {
+        return (image(from), image(to));
+    }
+    let mut targets = BTreeSet::new();
+    let services = from.services.diff(&to.services).flat_map(|change| match change {
+        DiffItem::Add(_, service) | DiffItem::Remove(_, service) => [Some(service), None],
+        DiffItem::Update { old: (_, old), new: (_, new) } => [Some(old), Some(new)],
+    });
+    services.flatten().for_each(|service| targets_around(service, [from, to], &mut targets));
+    if from.workloads != to.workloads {
+        let guarded = to.services.values().filter(|service| !to.policy.admits_everybody(&service.name));
+        guarded.for_each(|service| targets_around(service, [from, to], &mut targets));
+    }
+    let part = |snapshot: &Snapshot| {
+        let mut image = Image::default();
+        for target in &targets {
+            for addr in addresses(snapshot, target) {
+                match snapshot.by_address.get(&addr) {
+                    Some(destination) if destination.target == **target => image.put(snapshot, addr, destination),
+                    Some(_) | None => {}
+                }
+            }
+        }
+        image
+    };
+    (part(from), part(to))
+}
+
+/// Whoever has an address that the service claims, in either snapshot.
+fn targets_around<'a>(service: &model::Service, snapshots: [&'a Snapshot; 2], targets: &mut BTreeSet<&'a Target>) {
+    for port in &service.ports {
+        let own = service_addresses(service, port);
+        let endpoints = port.endpoints.iter().flat_map(|endpoint| endpoint.addresses()).map(Addr::from);
+        for addr in own.into_iter().chain(endpoints) {
+            let owners = snapshots.iter().filter_map(|snapshot| snapshot.by_address.get(&addr));
+            targets.extend(owners.map(|destination| &destination.target));
+        }
+    }
+}
+
+/// The addresses that may be the target's.
+fn addresses(snapshot: &Snapshot, target: &Target) -> Vec<Addr> {
+    let Some(service) = snapshot.services.get(target.service()) else { return Vec::new() };
+    let Some(port) = service.port_index(target.port()).map(|index| &service.ports[index]) else { return Vec::new() };
+    match target {
+        Target::Service { .. } => service_addresses(service, port).into(),
+        Target::Endpoint { endpoint, .. } => {
+            port.endpoint(endpoint).into_iter().flat_map(|endpoint| endpoint.addresses()).map(Addr::from).collect()
+        }
+    }
+}
+
+fn service_addresses(service: &model::Service, port: &ServicePort) -> [Addr; 2] {
+    [Addr::new(Ip::v4(service.vip.v4.octets()), port.port), Addr::new(Ip(service.vip.v6.octets()), port.port)]
 }
 
 /// Where other tasks of this host can connect to the endpoint without the agent. A task that is listed under another
@@ -91,6 +140,35 @@ fn open(snapshot: &Snapshot, listed: &ServiceName, endpoint: &model::Endpoint) -
 }
 
 impl Image {
+    /// Adds what the kernel must know of an address.
+    fn put(&mut self, snapshot: &Snapshot, addr: Addr, destination: &Destination) {
+        let Destination { number, target } = destination;
+        let name = target.service();
+        let Some(service) = snapshot.services.get(name) else { return };
+        let Some(port) = service.port_index(target.port()).map(|index| &service.ports[index]) else { return };
+        let value = match target {
+            Target::Service { .. } => {
+                let healthy = || port.endpoints.iter().filter(|endpoint| endpoint.health == Health::Healthy);
+                self.slots(
+                    *number,
+                    healthy().filter_map(|e| direct(snapshot, name, e)),
+                    healthy().filter_map(|e| open(snapshot, name, e)),
+                )
+            }
+            // Whoever names an endpoint means it, healthy or not.
+            Target::Endpoint { endpoint, .. } => {
+                let Some(endpoint) = port.endpoint(endpoint) else { return };
+                self.slots(
+                    *number,
+                    direct(snapshot, name, endpoint).into_iter(),
+                    open(snapshot, name, endpoint).into_iter(),
+                )
+            }
+        };
+        let flags = self.flags(snapshot, service, port, value);
+        self.services.insert(addr, Service { flags, ..value });
+    }
+
     /// Fills the slots of the service `id`: first those for direct connections, then those for everybody.
     fn slots(
         &mut self,

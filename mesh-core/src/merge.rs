@@ -1,20 +1,24 @@
 //! From several sources and the host's own tasks to one snapshot.
 //!
 //! Order of arrival does not matter; earlier sources in `sets` win; local truth about local tasks beats every
-//! registry. Must not know how the sources were asked.
+//! registry. Each merge begins with the result of the one before and looks only at the services whose sources changed;
+//! what it comes to is the same as from the beginning. Must not know how the sources were asked.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
+use imbl::OrdMap;
+
 use crate::{
     addr::canonical,
-    config::Enrol,
+    config::{Enrol, VipRanges},
     id::{ClusterName, ServiceName, SpiffeId, TaskId, TrustDomain},
     model::{
-        Endpoint, EndpointId, Health, OnAgentDeath, Protocol, Reach, Service, ServicePort, Snapshot, TlsMode, Workload,
+        Endpoint, EndpointId, Health, Numbers, OnAgentDeath, Protocol, Reach, Service, ServicePort, Snapshot, TlsMode,
+        Workload,
     },
     services::{EndpointEntry, PortEntry, ServiceSet},
     task::Task,
@@ -22,17 +26,19 @@ use crate::{
 };
 
 mod index;
+mod known;
 mod local;
 
-use local::Member;
+use known::Known;
 pub use local::{ENABLED_LABEL, SERVICE_LABEL, enrolled};
+use local::{Locals, Member, Served};
 
-/// Everything a snapshot is made from.
+/// Everything a snapshot is made from. All but the first two stay the same while an agent runs.
 pub struct Sources<'a> {
     /// In order of precedence.
     pub sets: &'a [ServiceSet],
     /// Tasks of this host.
-    pub tasks: &'a [Task],
+    pub tasks: Arc<Vec<Task>>,
     pub enrol: &'a Enrol,
     pub cluster: &'a ClusterName,
     pub trust_domain: &'a TrustDomain,
@@ -40,68 +46,129 @@ pub struct Sources<'a> {
     pub host: IpAddr,
     pub tunnel: SocketAddr,
     pub zone: Option<&'a str>,
+    pub vips: &'a VipRanges,
+}
+
+/// A snapshot, and what the next merge begins with.
+#[derive(Clone, Debug, Default)]
+pub struct Merged {
+    pub snapshot: Arc<Snapshot>,
+    /// Who has which virtual address, also of services that are gone.
+    pub vips: Arc<VipTable>,
+    /// Services that are left out, because the range of virtual addresses has no room.
+    pub homeless: BTreeSet<ServiceName>,
+    known: Option<Known>,
 }
 
 /// Ports on which a protocol is spoken that must not be taken for HTTP, or in which the server speaks first: SMTP,
 /// MySQL, Galera, PostgreSQL, Redis, Elasticsearch transport, memcached, MongoDB, AMQP, Cassandra, NATS.
 const OPAQUE: [u16; 12] = [25, 587, 3306, 4222, 4444, 5432, 5672, 6379, 9042, 9300, 11211, 27017];
 
-/// The services of a snapshot made from these sources: each needs a virtual address before [`merge`].
-pub fn names(sources: &Sources<'_>) -> BTreeSet<ServiceName> {
-    let members = local::members(sources);
-    definitions(sources, &members).into_keys().collect()
+impl Merged {
+    /// What the first merge begins with.
+    pub fn beginning(vips: VipTable, last: Numbers) -> Self {
+        let snapshot = Snapshot { last, ..Snapshot::default() };
+        Self { snapshot: Arc::new(snapshot), vips: Arc::new(vips), ..Self::default() }
+    }
 }
 
-/// Makes the next snapshot. Numbers, and services that did not change, are taken over from `previous`.
+/// Makes the next snapshot. Numbers, virtual addresses, and services that did not change, are taken over from `before`.
 ///
-/// Returns `previous` unchanged (same generation) when nothing differs. A service without a virtual address in `vips`
-/// is left out: its range has no room.
-pub fn merge(previous: &Snapshot, sources: &Sources<'_>, vips: &VipTable) -> Snapshot {
-    let members = local::members(sources);
-    let mut last = previous.last;
-    let workloads = workloads(previous, &members, &mut last.workload);
-    let definitions = definitions(sources, &members);
-    let locals = local_endpoints(sources, &members, &definitions);
-    let mut services = BTreeMap::new();
-    for (name, definition) in &definitions {
-        let Some(vip) = vips.0.get(name) else { continue };
-        let before = previous.services.get(name);
-        let mut ports = ports(sources, name, definition, &locals);
-        for port in &mut ports {
-            let known = before.and_then(|service| Some(service.ports[service.port_index(port.port)?].id));
-            port.id = known.unwrap_or_else(|| next(&mut last.service, |n| previous.by_service_number.contains_key(&n)));
-        }
-        let service = Service {
-            name: name.clone(),
-            vip: *vip,
-            ports,
-            tls: definition.tls.unwrap_or(sources.enrol.tls),
-            on_agent_death: definition.on_agent_death.unwrap_or(sources.enrol.on_agent_death),
+/// It is the snapshot of `before` (same generation) when nothing differs. A service for which the range of virtual
+/// addresses has no room is left out.
+pub fn merge(before: &Merged, sources: &Sources<'_>) -> Merged {
+    let previous = &*before.snapshot;
+    let known = Known::after(before.known.as_ref(), sources);
+    let mut suspects = known.suspects(before, sources.sets);
+    // Somebody may have made room.
+    suspects.extend(before.homeless.iter().cloned());
+    let definitions: Vec<_> = suspects
+        .into_iter()
+        .map(|name| (Definition::of(&name, sources.sets, known.locals.ports(&name)), name))
+        .collect();
+    let vips = virtual_addresses(before, sources, &known, &definitions);
+
+    let mut snapshot = previous.clone();
+    let mut homeless = before.homeless.clone();
+    let mut changes = Vec::new();
+    for (definition, name) in &definitions {
+        homeless.remove(name);
+        let old = previous.services.get(name);
+        let new = match (definition, vips.0.get(name)) {
+            (None, _) => None,
+            (Some(_), None) => {
+                homeless.insert(name.clone());
+                None
+            }
+            (Some(definition), Some(vip)) => {
+                let mut ports = ports(sources, name, definition, &known.locals, old);
+                for port in &mut ports {
+                    let known = old.and_then(|service| Some(service.ports[service.port_index(port.port)?].id));
+                    let taken = |n| previous.by_service_number.contains_key(&n);
+                    port.id = known.unwrap_or_else(|| next(&mut snapshot.last.service, taken));
+                }
+                Some(Service {
+                    name: name.clone(),
+                    vip: *vip,
+                    ports,
+                    tls: definition.tls.unwrap_or(sources.enrol.tls),
+                    on_agent_death: definition.on_agent_death.unwrap_or(sources.enrol.on_agent_death),
+                })
+            }
         };
-        let shared = before.filter(|before| ***before == service).cloned();
-        services.insert(name.clone(), shared.unwrap_or_else(|| Arc::new(service)));
+        if old.map(|old| &**old) == new.as_ref() {
+            continue;
+        }
+        let new = new.map(Arc::new);
+        match &new {
+            Some(new) => drop(snapshot.services.insert(name.clone(), new.clone())),
+            None => drop(snapshot.services.remove(name)),
+        }
+        changes.push(Change { old: old.cloned(), new });
     }
-    let policy = sources.sets.iter().find_map(|set| set.policy.as_ref());
-    let policy = match policy {
-        Some(policy) if *policy == *previous.policy => previous.policy.clone(),
-        Some(policy) => Arc::new(policy.clone()),
-        None if *previous.policy == Default::default() => previous.policy.clone(),
-        None => Arc::default(),
-    };
-    if services == previous.services && workloads == previous.workloads && policy == previous.policy {
-        return previous.clone();
+    if before.known.as_ref().is_none_or(|before| !Arc::ptr_eq(&before.members, &known.members)) {
+        let workloads = workloads(previous, &known, &mut snapshot.last.workload);
+        if workloads != previous.workloads {
+            snapshot.by_number = workloads.values().map(|workload| (workload.number, workload.clone())).collect();
+            snapshot.workloads = workloads;
+        }
     }
-    let mut snapshot = Snapshot {
-        generation: previous.generation + 1,
-        by_number: workloads.values().map(|workload| (workload.number, workload.clone())).collect(),
-        services,
-        workloads,
-        policy,
-        last,
-        ..Snapshot::default()
-    };
-    index::fill(&mut snapshot, previous);
-    snapshot
+    let policy = sources.sets.iter().find_map(|set| set.policy.clone()).unwrap_or_default();
+    if policy != previous.policy {
+        snapshot.policy = policy;
+    }
+    let same = changes.is_empty()
+        && snapshot.workloads.ptr_eq(&previous.workloads)
+        && Arc::ptr_eq(&snapshot.policy, &previous.policy);
+    if same {
+        return Merged { snapshot: before.snapshot.clone(), vips, homeless, known: Some(known) };
+    }
+    snapshot.generation += 1;
+    index::update(&mut snapshot, previous, &changes);
+    Merged { snapshot: Arc::new(snapshot), vips, homeless, known: Some(known) }
+}
+
+/// A service that is there, gone, or another than before.
+struct Change {
+    old: Option<Arc<Service>>,
+    new: Option<Arc<Service>>,
+}
+
+/// The table with an address for every service that is defined, as far as the range has room.
+fn virtual_addresses(
+    before: &Merged,
+    sources: &Sources<'_>,
+    known: &Known,
+    definitions: &[(Option<Definition<'_>>, ServiceName)],
+) -> Arc<VipTable> {
+    let without = |(definition, name): &(Option<_>, _)| definition.is_some() && !before.vips.0.contains_key(name);
+    if before.known.is_some() && !definitions.iter().any(without) {
+        return before.vips.clone();
+    }
+    let mut vips = VipTable::clone(&before.vips);
+    let names: BTreeSet<_> = known.names().collect();
+    vips.assign(names.into_iter(), sources.vips.v4, sources.vips.v6);
+    if vips == *before.vips { before.vips.clone() } else { Arc::new(vips) }
 }
 
 /// The next number that nobody has. Numbers go up, so that one which was given back stays unused for long.
@@ -114,21 +181,21 @@ fn next(last: &mut u32, taken: impl Fn(u32) -> bool) -> u32 {
     }
 }
 
-fn workloads(previous: &Snapshot, members: &[Member<'_>], last: &mut u32) -> BTreeMap<TaskId, Arc<Workload>> {
-    let mut workloads = BTreeMap::new();
-    for member in members {
-        let before = previous.workloads.get(&member.task.id);
+fn workloads(previous: &Snapshot, known: &Known, last: &mut u32) -> OrdMap<TaskId, Arc<Workload>> {
+    let workload = |member: &Member| {
+        let task = &known.tasks[member.at];
+        let before = previous.workloads.get(&task.id);
         let workload = Workload {
             number: before.map_or_else(|| next(last, |n| previous.by_number.contains_key(&n)), |before| before.number),
-            task: member.task.id.clone(),
+            task: task.id.clone(),
             service: member.service.clone(),
             identity: member.identity.clone(),
-            mode: member.task.mode,
+            mode: task.mode,
         };
         let shared = before.filter(|before| ***before == workload).cloned();
-        workloads.insert(member.task.id.clone(), shared.unwrap_or_else(|| Arc::new(workload)));
-    }
-    workloads
+        (task.id.clone(), shared.unwrap_or_else(|| Arc::new(workload)))
+    };
+    known.members.iter().map(workload).collect()
 }
 
 /// What all sources together say about one service.
@@ -142,67 +209,25 @@ struct Definition<'a> {
     has_80: bool,
 }
 
-/// Every service that a source names, and every service of a local task that has a port.
-fn definitions<'a>(sources: &Sources<'a>, members: &[Member<'_>]) -> BTreeMap<ServiceName, Definition<'a>> {
-    let mut definitions: BTreeMap<ServiceName, Definition<'a>> = BTreeMap::new();
-    for entry in sources.sets.iter().flat_map(|set| &set.services) {
-        let definition = definitions.entry(entry.name.clone()).or_default();
-        for port in &entry.ports {
-            let merged = definition.ports.entry(port.port).or_insert(*port);
-            merged.target = merged.target.or(port.target);
-            merged.protocol = merged.protocol.or(port.protocol);
-        }
-        definition.endpoints.extend(&entry.endpoints);
-        definition.tls = definition.tls.or(entry.tls);
-        definition.on_agent_death = definition.on_agent_death.or(entry.on_agent_death);
-        definition.has_80 |= entry.endpoints.iter().any(|e| e.port.unwrap_or(e.addr.port()) == 80);
-    }
-    for member in members {
-        let ports = local::container_ports(member.task);
-        if !ports.is_empty() {
-            definitions.entry(member.service.clone()).or_default().has_80 |= ports.contains(&80);
-        }
-    }
-    definitions
-}
-
-/// A service port that a local task serves.
-struct Served {
-    port: u16,
-    /// The container port.
-    target: u16,
-    endpoint: Arc<Endpoint>,
-}
-
-/// Endpoints of local tasks.
-#[derive(Default)]
-struct Locals<'a> {
-    by_service: HashMap<&'a ServiceName, Vec<Served>>,
-    /// By each of their addresses.
-    by_address: HashMap<SocketAddr, Arc<Endpoint>>,
-}
-
-fn local_endpoints<'a>(
-    sources: &Sources<'_>,
-    members: &'a [Member<'_>],
-    definitions: &BTreeMap<ServiceName, Definition<'_>>,
-) -> Locals<'a> {
-    let mut locals = Locals::default();
-    // A host port may pass from a stopping task to a running one: who is told to stop comes last.
-    let mut ordered: Vec<_> = members.iter().collect();
-    ordered.sort_by_key(|member| member.task.phase);
-    for member in ordered {
-        let Some(definition) = definitions.get(&member.service) else { continue };
-        for (port, target) in local::served(member.task, &definition.ports, definition.has_80) {
-            let Some(endpoint) = local::endpoint(member, target, sources) else { continue };
-            if let Reach::Local { deliver, .. } = endpoint.reach {
-                locals.by_address.entry(deliver).or_insert_with(|| endpoint.clone());
+impl<'a> Definition<'a> {
+    /// `None`: no source names the service, and no local task of it has a port. `local` are the ports of those tasks.
+    fn of(name: &ServiceName, sets: &'a [ServiceSet], local: Option<&BTreeSet<u16>>) -> Option<Self> {
+        let mut definition = Self { has_80: local.is_some_and(|ports| ports.contains(&80)), ..Self::default() };
+        let mut defined = local.is_some_and(|ports| !ports.is_empty());
+        for entry in sets.iter().filter_map(|set| set.services.get(name)) {
+            defined = true;
+            for port in &entry.ports {
+                let merged = definition.ports.entry(port.port).or_insert(*port);
+                merged.target = merged.target.or(port.target);
+                merged.protocol = merged.protocol.or(port.protocol);
             }
-            locals.by_address.entry(endpoint.addr).or_insert_with(|| endpoint.clone());
-            locals.by_service.entry(&member.service).or_default().push(Served { port, target, endpoint });
+            definition.endpoints.extend(&entry.endpoints);
+            definition.tls = definition.tls.or(entry.tls);
+            definition.on_agent_death = definition.on_agent_death.or(entry.on_agent_death);
+            definition.has_80 |= entry.endpoints.iter().any(|e| e.port.unwrap_or(e.addr.port()) == 80);
         }
+        defined.then_some(definition)
     }
-    locals
 }
 
 /// A port while its endpoints are collected.
@@ -212,37 +237,45 @@ struct Draft {
     opaque: bool,
 }
 
-/// The ports of a service with their endpoints, ordered; without numbers yet.
+/// The ports of a service with their endpoints, ordered; without numbers yet. Endpoints that are as they were are shared
+/// with the service as it was, `old`.
 fn ports(
     sources: &Sources<'_>,
     name: &ServiceName,
     definition: &Definition<'_>,
-    locals: &Locals<'_>,
+    locals: &Locals,
+    old: Option<&Arc<Service>>,
 ) -> Vec<ServicePort> {
     let mut drafts: BTreeMap<u16, Draft> = BTreeMap::new();
     for entry in definition.ports.values() {
         drafts.entry(entry.port).or_default().opaque |= OPAQUE.contains(&entry.target.unwrap_or(entry.port));
     }
-    for Served { port, target, endpoint } in locals.by_service.get(name).into_iter().flatten() {
+    for Served { port, target, endpoint } in locals.of(name) {
         let draft = drafts.entry(*port).or_default();
         draft.opaque |= OPAQUE.contains(target);
-        draft.endpoints.entry(endpoint.id.clone()).or_insert_with(|| endpoint.clone());
+        draft.endpoints.entry(endpoint.id).or_insert_with(|| endpoint.clone());
     }
+    let own = SpiffeId::new(sources.trust_domain, sources.cluster, name).ok();
     let mut seen = HashSet::new();
     for entry in &definition.endpoints {
         let Some(port) = port_of(entry, definition) else { continue };
-        let Some(endpoint) = registered(sources, name, entry, locals) else { continue };
-        if !seen.insert((port, endpoint.id.clone())) {
+        let Some(endpoint) = registered(sources, own.as_ref(), entry, locals) else { continue };
+        if !seen.insert((port, endpoint.id)) {
             continue;
         }
         let draft = drafts.entry(port).or_default();
         draft.opaque |= OPAQUE.contains(&port);
-        draft.endpoints.insert(endpoint.id.clone(), endpoint);
+        draft.endpoints.insert(endpoint.id, endpoint);
     }
     let port = |(port, draft): (u16, Draft)| {
         let explicit = definition.ports.get(&port).and_then(|entry| entry.protocol);
         let guessed = if draft.opaque { Protocol::Tcp } else { Protocol::Auto };
-        let endpoints = draft.endpoints.into_values().collect();
+        let before = old.and_then(|old| Some(&old.ports[old.port_index(port)?]));
+        let shared = |endpoint: Arc<Endpoint>| match before.and_then(|port| port.endpoint(&endpoint.id)) {
+            Some(before) if *before == endpoint => before.clone(),
+            Some(_) | None => endpoint,
+        };
+        let endpoints = draft.endpoints.into_values().map(shared).collect();
         ServicePort { id: 0, port, protocol: explicit.unwrap_or(guessed), endpoints }
     };
     drafts.into_iter().map(port).collect()
@@ -260,15 +293,16 @@ fn port_of(entry: &EndpointEntry, definition: &Definition<'_>) -> Option<u16> {
 }
 
 /// A registered endpoint. Where it is a task of this host, the task itself is believed, and only its weight is taken
-/// from the registry. `None` when it claims to be behind this host's agent and is not: the registry is stale.
+/// from the registry. `None` when it claims to be behind this host's agent and is not: the registry is stale. `own` is
+/// the identity of the service.
 fn registered(
     sources: &Sources<'_>,
-    name: &ServiceName,
+    own: Option<&SpiffeId>,
     entry: &EndpointEntry,
-    locals: &Locals<'_>,
+    locals: &Locals,
 ) -> Option<Arc<Endpoint>> {
     let addr = canonical(entry.addr);
-    if let Some(local) = locals.by_address.get(&addr) {
+    if let Some(local) = locals.at(addr) {
         if local.weight == entry.weight {
             return Some(local.clone());
         }
@@ -278,11 +312,10 @@ fn registered(
     if agent == Some(canonical(sources.tunnel)) {
         return None;
     }
-    let own = || SpiffeId::new(sources.trust_domain, sources.cluster, name).ok();
     Some(Arc::new(Endpoint {
         id: EndpointId::of(addr),
         addr,
-        identity: agent.and_then(|_| entry.identity.clone().or_else(own)),
+        identity: agent.and_then(|_| entry.identity.as_ref().or(own)).cloned(),
         reach: agent.map_or(Reach::Plaintext, |agent| Reach::Tunnel { agent }),
         health: Health::Healthy,
         weight: entry.weight,

@@ -1,37 +1,45 @@
 //! The snapshot: one immutable value with everything the mesh knows at one moment.
 //!
 //! Built by [`crate::merge`], published by the agent, read by every decision. Must not know how it is shared.
+//!
+//! Its maps are persistent: a clone costs nothing, and the next snapshot holds the same parts but for what changed.
 
 use std::{
-    collections::{BTreeMap, HashMap},
-    net::SocketAddr,
+    collections::BTreeSet,
+    fmt,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
+use imbl::{OrdMap, ordmap::DiffItem};
+use mesh_common::addr::{Addr, Ip};
+
 use crate::{
-    addr::{Vip, canonical},
+    addr::Vip,
     id::{ServiceName, SpiffeId, TaskId},
     policy::Policy,
     task::NetworkMode,
 };
 
-/// Everything known. Replaced as a whole, never changed; unchanged services are shared between generations.
+/// Everything known. Replaced as a whole, never changed; what did not change is shared between generations.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     /// Grows by one with each published change.
     pub generation: u64,
-    pub services: BTreeMap<ServiceName, Arc<Service>>,
+    pub services: OrdMap<ServiceName, Arc<Service>>,
     /// Local workloads, by task.
-    pub workloads: BTreeMap<TaskId, Arc<Workload>>,
+    pub workloads: OrdMap<TaskId, Arc<Workload>>,
     pub policy: Arc<Policy>,
     /// Virtual and endpoint addresses to what they stand for.
-    pub by_address: HashMap<SocketAddr, Target>,
+    pub by_address: OrdMap<Addr, Arc<Destination>>,
+    /// Addresses that several claim, with all who do; `by_address` has the one who got it.
+    pub contested: OrdMap<Addr, Arc<BTreeSet<Target>>>,
+    /// Virtual addresses, without a port.
+    pub by_vip: OrdMap<Ip, ServiceName>,
     /// Local workloads by the number that the kernel knows them by.
-    pub by_number: HashMap<u32, Arc<Workload>>,
+    pub by_number: OrdMap<u32, Arc<Workload>>,
     /// What a kernel service number stands for: a service port, or an endpoint that is a destination itself.
-    pub by_service_number: HashMap<u32, Target>,
-    /// The kernel service numbers of endpoints that are destinations themselves; stable like [`ServicePort::id`].
-    pub endpoint_numbers: BTreeMap<Target, u32>,
+    pub by_service_number: OrdMap<u32, Arc<Destination>>,
     /// The numbers given last, so that a number is not given again while the kernel may still hold it.
     pub last: Numbers,
 }
@@ -41,6 +49,14 @@ pub struct Snapshot {
 pub struct Numbers {
     pub workload: u32,
     pub service: u32,
+}
+
+/// What connections are made to, and its number.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Destination {
+    /// The number by which the kernel knows it; stable while the agent runs. A service port's is [`ServicePort::id`].
+    pub number: u32,
+    pub target: Target,
 }
 
 /// What a destination address stands for.
@@ -85,10 +101,10 @@ pub enum Protocol {
     Tcp,
 }
 
-/// Names an endpoint across generations: `<address>` of the endpoint as registered, so that the same endpoint known
-/// from two sources is one.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct EndpointId(pub Arc<str>);
+/// Names an endpoint across generations: its address as registered, so that the same endpoint known from two sources
+/// is one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct EndpointId(pub Addr);
 
 /// One reachable workload port.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -154,7 +170,23 @@ pub enum OnAgentDeath {
 impl Snapshot {
     /// What a destination stands for. A v4-mapped IPv6 address is its IPv4 address.
     pub fn target(&self, addr: SocketAddr) -> Option<&Target> {
-        self.by_address.get(&canonical(addr))
+        self.by_address.get(&Addr::from(addr)).map(|destination| &destination.target)
+    }
+
+    /// The service that has this virtual address.
+    pub fn service_at(&self, ip: IpAddr) -> Option<&Arc<Service>> {
+        self.services.get(self.by_vip.get(&Ip::from(ip))?)
+    }
+
+    /// Services that are not as they were in `last`; `None`: it is gone. Costs what the difference is large.
+    pub fn changed_since<'a>(
+        &'a self,
+        last: &'a Self,
+    ) -> impl Iterator<Item = (&'a ServiceName, Option<&'a Arc<Service>>)> {
+        last.services.diff(&self.services).map(|change| match change {
+            DiffItem::Add(name, service) | DiffItem::Update { new: (name, service), .. } => (name, Some(service)),
+            DiffItem::Remove(name, _) => (name, None),
+        })
     }
 
     /// The service that a local endpoint's task belongs to, where that is not `listed`, under which it was found. The
@@ -183,7 +215,38 @@ impl ServicePort {
 impl EndpointId {
     /// The id of the endpoint that is registered at this address.
     pub fn of(addr: SocketAddr) -> Self {
-        Self(canonical(addr).to_string().into())
+        Self(addr.into())
+    }
+}
+
+impl fmt::Display for EndpointId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        SocketAddr::from(self.0).fmt(f)
+    }
+}
+
+impl Target {
+    /// The service that it belongs to.
+    pub fn service(&self) -> &ServiceName {
+        let (Self::Service { service, .. } | Self::Endpoint { service, .. }) = self;
+        service
+    }
+
+    /// The service port that it is, or is an endpoint of.
+    pub fn port(&self) -> u16 {
+        let (Self::Service { port, .. } | Self::Endpoint { port, .. }) = self;
+        *port
+    }
+}
+
+impl Endpoint {
+    /// The addresses at which it is a destination itself.
+    pub fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
+        let deliver = match &self.reach {
+            Reach::Local { deliver, .. } => Some(*deliver).filter(|deliver| *deliver != self.addr),
+            Reach::Tunnel { .. } | Reach::Plaintext => None,
+        };
+        [self.addr].into_iter().chain(deliver)
     }
 }
 

@@ -178,7 +178,7 @@ struct Found<'a> {
 
 fn resolve<'a>(snapshot: &'a Snapshot, dst: OrigDst, trace: &mut Trace) -> Result<Found<'a>, Refusal> {
     let dst = canonical(dst.0);
-    let found = match snapshot.by_address.get(&dst) {
+    let found = match snapshot.target(dst) {
         Some(Target::Service { service, port }) => snapshot.services.get(service).and_then(|service| {
             let found = Found { service, port: service.port_index(*port)?, exact: None };
             trace.say(|| format!("{dst} is port {port} of service {}", service.name));
@@ -193,21 +193,18 @@ fn resolve<'a>(snapshot: &'a Snapshot, dst: OrigDst, trace: &mut Trace) -> Resul
         None => None,
     };
     found.ok_or_else(|| {
-        trace.say(|| {
-            let owner = snapshot.services.values().find(|s| dst.ip() == s.vip.v4 || dst.ip() == s.vip.v6);
-            match owner {
-                Some(service) => {
-                    let ports: Vec<_> = service.ports.iter().map(|port| port.port.to_string()).collect();
-                    let ports = if ports.is_empty() { "none".to_owned() } else { ports.join(", ") };
-                    format!(
-                        "{} is service {}, which has no port {}; its ports: {ports}",
-                        dst.ip(),
-                        service.name,
-                        dst.port()
-                    )
-                }
-                None => format!("{dst} is neither a virtual address nor a known endpoint"),
+        trace.say(|| match snapshot.service_at(dst.ip()) {
+            Some(service) => {
+                let ports: Vec<_> = service.ports.iter().map(|port| port.port.to_string()).collect();
+                let ports = if ports.is_empty() { "none".to_owned() } else { ports.join(", ") };
+                format!(
+                    "{} is service {}, which has no port {}; its ports: {ports}",
+                    dst.ip(),
+                    service.name,
+                    dst.port()
+                )
             }
+            None => format!("{dst} is neither a virtual address nor a known endpoint"),
         });
         Refusal::UnknownPort
     })

@@ -65,8 +65,9 @@ pub fn answer(snapshot: &Snapshot, naming: &Naming<'_>, name: &str, question: Qu
     if question == Question::Ptr
         && let Some(ip) = reverse(&name)
     {
-        let owner = snapshot.services.values().find(|s| ip == IpAddr::V4(s.vip.v4) || ip == IpAddr::V6(s.vip.v6));
-        return owner.map_or(Answer::Forward, |service| Answer::Name { ttl, name: canonical(service, naming) });
+        return snapshot
+            .service_at(ip)
+            .map_or(Answer::Forward, |service| Answer::Name { ttl, name: canonical(service, naming) });
     }
     if let Some(service) = find(snapshot, naming, &name) {
         return match question {

@@ -5,7 +5,10 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
+    sync::Arc,
 };
+
+use imbl::OrdMap;
 
 use crate::{
     addr::canonical,
@@ -19,12 +22,12 @@ use crate::{
     policy::{Effect, Policy, Rule},
 };
 
-/// What one source says about services. Several of these are merged.
+/// What one source says about services. Several of these are merged. A clone costs nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServiceSet {
-    pub services: Vec<ServiceEntry>,
+    pub services: OrdMap<ServiceName, Arc<ServiceEntry>>,
     /// Only the static file has one.
-    pub policy: Option<Policy>,
+    pub policy: Option<Arc<Policy>>,
 }
 
 /// What one source says about one service.
@@ -61,6 +64,30 @@ pub struct EndpointEntry {
     pub zone: Option<String>,
 }
 
+impl ServiceSet {
+    /// A set of these, without a policy. Of two with one name the later one stays.
+    pub fn of(entries: impl IntoIterator<Item = ServiceEntry>) -> Self {
+        let named = |entry: ServiceEntry| (entry.name.clone(), Arc::new(entry));
+        Self { services: entries.into_iter().map(named).collect(), policy: None }
+    }
+
+    /// The same set, made of the parts of `before` where they are equal, so that a merge sees at once what changed.
+    #[must_use]
+    pub fn sharing(self, before: &Self) -> Self {
+        let mut services = before.services.clone();
+        for name in before.services.keys().filter(|name| !self.services.contains_key(*name)) {
+            services.remove(name);
+        }
+        for (name, entry) in self.services {
+            if before.services.get(&name) != Some(&entry) {
+                services.insert(name, entry);
+            }
+        }
+        let policy = if self.policy == before.policy { before.policy.clone() } else { self.policy };
+        Self { services, policy }
+    }
+}
+
 /// Weight of an endpoint that names none.
 pub const DEFAULT_WEIGHT: u32 = 100;
 /// Keeps sums over many endpoints far from overflow.
@@ -84,8 +111,8 @@ pub fn parse(text: &str) -> Result<ServiceSet, Vec<Fault>> {
                 root.fault(&format!("service[{}]", entry.name), "is there twice", "join the two, or rename one");
             }
         }
-        let policy = root.has("policy").then(|| root.section("policy", policy));
-        Some(ServiceSet { services, policy })
+        let policy = root.has("policy").then(|| Arc::new(root.section("policy", policy)));
+        Some(ServiceSet { policy, ..ServiceSet::of(services) })
     })
 }
 

@@ -99,7 +99,7 @@ fn decide(
         IpAddr::V4(ip) => handles.vips.v4.contains(&ip),
         IpAddr::V6(ip) => handles.vips.v6.contains(&ip),
     };
-    if !virtual_address && !snapshot.by_address.contains_key(&dst) {
+    if !virtual_address && snapshot.target(dst).is_none() {
         reasons.push(format!("{dst} is neither a virtual address nor a known endpoint: the hooks leave it alone"));
         return Verdict::Pass;
     }
@@ -132,7 +132,7 @@ fn direct(snapshot: &Snapshot, source: &Workload, dst: SocketAddr, reasons: &mut
     if !near || service.ports[port].protocol != Protocol::Tcp {
         return None;
     }
-    let image = dataplane::image(snapshot);
+    let image = dataplane::image_at(snapshot, dst);
     let entry = image.services.get(&dst.into())?;
     let opaque = entry.flags & maps::service::OPAQUE != 0;
     let open = entry.flags & maps::service::GRANTED_ONLY == 0;
@@ -215,7 +215,7 @@ fn find_destination(
         Host::Ip(ip) => {
             let port = match to.port {
                 Some(port) => port,
-                None => the_port(snapshot.services.values().find(|s| has_vip(s, ip)).map(|s| &**s))?,
+                None => the_port(snapshot.service_at(ip).map(|s| &**s))?,
             };
             return Ok(Ok(SocketAddr::new(ip, port)));
         }
@@ -247,10 +247,6 @@ fn find_destination(
             Verdict::Pass
         }
     }))
-}
-
-fn has_vip(service: &Service, ip: IpAddr) -> bool {
-    IpAddr::V4(service.vip.v4) == ip || IpAddr::V6(service.vip.v6) == ip
 }
 
 /// The port that is meant where none was given.

@@ -47,7 +47,11 @@ fn handles() -> Handles {
         status: Arc::new(sample::status),
         metrics: Arc::new(|| "mesh_up 1\n# EOF\n".into()),
         ready: Arc::new(|| Err(vec!["docker is not connected".into(), "no certificate yet".into()])),
-        load: Arc::new(|_| Load { failures: 0, ejected_until: Duration::ZERO, ..sample::load(&EndpointId("".into())) }),
+        load: Arc::new(|_| Load {
+            failures: 0,
+            ejected_until: Duration::ZERO,
+            ..sample::load(&EndpointId::of(([10, 0, 0, 1], 80).into()))
+        }),
         now: Arc::new(|| Duration::from_secs(5)),
         draw: Arc::new(|| 0x1234_5678_9abc_def0),
         dns: example.dns,

@@ -8,19 +8,17 @@ use std::{
     net::SocketAddr,
     path::Path,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use mesh_core::{
     config::Config,
-    id::{ServiceName, TaskId},
-    merge::{self, Sources},
-    model::Snapshot,
+    id::TaskId,
+    merge::{self, Merged, Sources},
     services::ServiceSet,
     task::Task,
-    vip::VipTable,
 };
-use tokio::sync::watch;
+use tokio::{sync::watch, task::block_in_place};
 
 use super::host::HostFacts;
 use crate::{
@@ -46,18 +44,19 @@ pub(super) struct Control {
     pub metrics: Arc<Metrics>,
     /// Which tasks are armed, after each turn; `None` before the first.
     pub armed: watch::Sender<Option<BTreeSet<TaskId>>>,
-    /// Services for which the range of virtual addresses has no room.
-    pub homeless: BTreeSet<ServiceName>,
+    /// The last snapshot, and what the next one is made from besides its sources.
+    pub merged: Merged,
 }
 
 impl Control {
     /// Runs until the sources are gone or `stop` is told. Gives the reconciler back, with everything still armed.
     pub(super) async fn run(mut self, mut stop: watch::Receiver<bool>) -> Reconciler {
         let path = self.config.host.state_dir.join("vips.json");
-        let mut vips = vip_file::load(&path);
-        self.publisher.replace(Snapshot { last: self.reconciler.numbers(), ..Snapshot::default() });
+        self.merged = Merged::beginning(vip_file::load(&path), self.reconciler.numbers());
+        self.publisher.replace(self.merged.snapshot.clone());
         loop {
-            let again = self.turn(&mut vips, &path);
+            // With tens of thousands of endpoints, the first turn takes long: connections must not wait for it.
+            let again = block_in_place(|| self.turn(&path));
             let retry = async {
                 match again {
                     Some(after) => tokio::time::sleep(after).await,
@@ -80,52 +79,51 @@ impl Control {
     }
 
     /// One turn. When something failed that is worth another try: after how long.
-    fn turn(&mut self, vips: &mut VipTable, path: &Path) -> Option<Duration> {
+    fn turn(&mut self, path: &Path) -> Option<Duration> {
         if !*self.connected.borrow_and_update() && self.armed.borrow().is_none() {
             return None;
         }
-        let tasks = self.tasks.borrow_and_update().clone();
+        let began = Instant::now();
         let sets = self.sets.borrow_and_update().clone();
         let sources = Sources {
             sets: &sets,
-            tasks: &tasks,
+            tasks: self.tasks.borrow_and_update().clone(),
             enrol: &self.config.enrol,
             cluster: &self.host.cluster,
             trust_domain: &self.config.identity.trust_domain,
             host: self.host.address,
             tunnel: SocketAddr::new(self.host.address, self.config.proxy.tunnel_listen.port()),
             zone: self.config.host.zone.as_deref(),
+            vips: &self.config.vip,
         };
-        let before = vips.clone();
-        let names = merge::names(&sources);
-        vips.assign(names.iter(), self.config.vip.v4, self.config.vip.v6);
-        let homeless: BTreeSet<_> = names.into_iter().filter(|name| !vips.0.contains_key(name)).collect();
-        if homeless != self.homeless {
-            if !homeless.is_empty() {
-                let services: Vec<_> = homeless.iter().map(|name| name.as_str()).collect();
-                tracing::error!(?services, range = %self.config.vip.v4,
-                    "services have no virtual address and cannot be called by name: widen `vip.v4`");
-            }
-            self.homeless = homeless;
+        let next = merge::merge(&self.merged, &sources);
+        let last = std::mem::replace(&mut self.merged, next);
+        let Merged { snapshot, vips, homeless, .. } = &self.merged;
+        if *homeless != last.homeless && !homeless.is_empty() {
+            let services: Vec<_> = homeless.iter().map(|name| name.as_str()).collect();
+            tracing::error!(?services, range = %self.config.vip.v4,
+                "services have no virtual address and cannot be called by name: widen `vip.v4`");
         }
-        if *vips != before
+        if !Arc::ptr_eq(vips, &last.vips)
             && let Err(error) = vip_file::save(path, vips)
         {
             tracing::warn!(error = &error as &dyn std::error::Error, "virtual addresses are not kept");
         }
-        let last = self.publisher.last();
-        let next = merge::merge(&last, &sources, vips);
-        if next.generation != last.generation {
-            let mut wanted: HashSet<_> = next.workloads.values().map(|workload| workload.identity.clone()).collect();
-            wanted.insert(self.own.clone());
-            self.identities.retain(&wanted);
-            self.publisher.replace(next);
+        if !Arc::ptr_eq(snapshot, &last.snapshot) {
+            if !snapshot.workloads.ptr_eq(&last.snapshot.workloads) {
+                let mut wanted: HashSet<_> =
+                    snapshot.workloads.values().map(|workload| workload.identity.clone()).collect();
+                wanted.insert(self.own.clone());
+                self.identities.retain(&wanted);
+            }
+            self.publisher.replace(snapshot.clone());
         }
-        let again = self.reconciler.turn(&tasks, &self.publisher.last());
+        let again = self.reconciler.turn(&sources.tasks, snapshot);
         for (map, entries) in self.reconciler.entries() {
             self.metrics.kernel_map(map, entries);
         }
         self.armed.send_replace(Some(self.reconciler.armed_tasks()));
+        tracing::debug!(generation = snapshot.generation, took = ?began.elapsed(), "turn");
         again
     }
 }

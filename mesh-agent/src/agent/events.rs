@@ -8,7 +8,7 @@ use mesh_common::{
     event::{Event, kind},
     refusal::Refusal,
 };
-use mesh_core::model::{Endpoint, Snapshot, Target};
+use mesh_core::model::{Endpoint, Snapshot};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -67,18 +67,15 @@ fn source(event: &Event, snapshot: &Snapshot) -> Source {
 
 fn destination(event: &Event, snapshot: &Snapshot) -> Destination {
     let mut dst = Destination { addr: Some(event.original.into()), ..Destination::default() };
-    let Some(Target::Service { service, port } | Target::Endpoint { service, port, .. }) =
-        snapshot.by_service_number.get(&event.service)
-    else {
-        return dst;
-    };
+    let Some(destination) = snapshot.by_service_number.get(&event.service) else { return dst };
+    let service = destination.target.service();
     dst.service = Some(service.clone());
-    dst.port = Some(*port);
+    dst.port = Some(destination.target.port());
     let went_to = SocketAddr::from(event.endpoint);
     let ports = snapshot.services.get(service).map(|service| service.ports.as_slice()).unwrap_or_default();
     let mut endpoints = ports.iter().flat_map(|port| &port.endpoints);
     if let Some(endpoint) = endpoints.find(|endpoint| is_at(endpoint, went_to)) {
-        dst.endpoint = Some(endpoint.id.clone());
+        dst.endpoint = Some(endpoint.id);
         dst.task = endpoint.task.clone();
         dst.id = endpoint.identity.clone();
     }

@@ -1,10 +1,11 @@
 //! Golden documents: what scripts read must not change by accident.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
+use mesh_common::addr::{Addr, Ip};
 use mesh_core::{
     addr::Vip,
-    model::{EndpointId, Health, OnAgentDeath, Protocol, Reach, ServicePort, Target, TlsMode, Workload},
+    model::{Destination, EndpointId, Health, OnAgentDeath, Protocol, Reach, ServicePort, Target, TlsMode, Workload},
 };
 use serde_json::{Value, json};
 
@@ -15,7 +16,7 @@ pub(crate) fn snapshot() -> Snapshot {
     let id = |name: &str| format!("spiffe://demo.mesh/ns/demo/sa/{name}").parse().expect("a valid SPIFFE ID");
     let endpoint = |addr: &str, reach, identity| {
         Arc::new(model::Endpoint {
-            id: EndpointId(addr.into()),
+            id: EndpointId::of(addr.parse().expect("a valid address")),
             addr: addr.parse().expect("a valid address"),
             reach,
             identity,
@@ -58,13 +59,15 @@ pub(crate) fn snapshot() -> Snapshot {
         mode: NetworkMode::Bridge,
     });
     let target = Target::Service { service: service.name.clone(), port: 80 };
-    let vips = [service.vip.v4.into(), service.vip.v6.into()];
+    let destination = Arc::new(Destination { number: 1, target });
+    let vips = [IpAddr::from(service.vip.v4), service.vip.v6.into()];
     Snapshot {
         generation: 9,
-        by_address: vips.map(|ip: IpAddr| (SocketAddr::new(ip, 80), target.clone())).into_iter().collect(),
-        services: [(service.name.clone(), Arc::new(service))].into(),
-        by_number: HashMap::from([(1, workload.clone())]),
-        workloads: [(workload.task.clone(), workload)].into(),
+        by_address: vips.map(|ip| (Addr::from(SocketAddr::new(ip, 80)), destination.clone())).into_iter().collect(),
+        by_vip: vips.map(|ip| (Ip::from(ip), service.name.clone())).into_iter().collect(),
+        services: [(service.name.clone(), Arc::new(service))].into_iter().collect(),
+        by_number: [(1_u32, workload.clone())].into_iter().collect(),
+        workloads: [(workload.task.clone(), workload)].into_iter().collect(),
         ..Snapshot::default()
     }
 }

@@ -4,7 +4,7 @@
 //! forgotten. Must not know how a load is judged; that is `mesh_core::balance`.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     sync::{Arc, Mutex, PoisonError, RwLock},
     time::Duration,
 };
@@ -48,7 +48,7 @@ impl Loads {
     pub(super) fn start(&self, endpoint: &EndpointId) -> InFlight {
         let known = self.cells.read().unwrap_or_else(PoisonError::into_inner).get(endpoint).cloned();
         let cell = known.unwrap_or_else(|| {
-            self.cells.write().unwrap_or_else(PoisonError::into_inner).entry(endpoint.clone()).or_default().clone()
+            self.cells.write().unwrap_or_else(PoisonError::into_inner).entry(*endpoint).or_default().clone()
         });
         cell.change(Load::started);
         InFlight(cell)
@@ -56,9 +56,8 @@ impl Loads {
 
     /// Forgets endpoints that are not in the snapshot.
     pub(super) fn retain_known(&self, snapshot: &Snapshot) {
-        let ports = snapshot.services.values().flat_map(|service| &service.ports);
-        let known: HashSet<&EndpointId> = ports.flat_map(|port| &port.endpoints).map(|endpoint| &endpoint.id).collect();
-        self.cells.write().unwrap_or_else(PoisonError::into_inner).retain(|id, _| known.contains(id));
+        let known = |id: &EndpointId| snapshot.by_address.contains_key(&id.0);
+        self.cells.write().unwrap_or_else(PoisonError::into_inner).retain(|id, _| known(id));
     }
 }
 
@@ -94,7 +93,7 @@ mod tests {
     #[test]
     fn what_is_on_its_way_counts_until_it_is_dropped() {
         let loads = Loads::default();
-        let id = EndpointId("10.0.0.1:80".into());
+        let id = EndpointId::of(([10, 0, 0, 1], 80).into());
         let (one, two) = (loads.start(&id), loads.start(&id));
         assert_eq!(loads.load(&id).in_flight, 2);
         two.failed(Duration::from_secs(1), 0);

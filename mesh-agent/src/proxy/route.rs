@@ -113,7 +113,7 @@ impl Route {
                 if worth_another(refusal) {
                     in_flight.failed(proxy.now(), draw());
                 }
-                tried.push(plan.endpoint.id.clone());
+                tried.push(plan.endpoint.id);
                 Err(refusal)
             }
         }
@@ -159,7 +159,7 @@ pub(super) fn source(addr: SocketAddr, workload: &Workload) -> Source {
 pub(super) fn note(access: &mut Access, plan: &Plan) {
     let endpoint = &plan.endpoint;
     access.tries += 1;
-    access.dst.endpoint = Some(endpoint.id.clone());
+    access.dst.endpoint = Some(endpoint.id);
     access.dst.task = endpoint.task.clone();
     (access.dst.id, access.dst.agent) = match &plan.delivery {
         Delivery::Tunnel { agent, expect, .. } => (Some(expect.clone()), Some(*agent)),

@@ -4,7 +4,7 @@
 //! decide. Bounded by the snapshot's ports. Must not know what is done with it.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     sync::{PoisonError, RwLock},
     time::Duration,
 };
@@ -48,8 +48,7 @@ impl Seen {
     }
 
     pub(super) fn retain_known(&self, snapshot: &Snapshot) {
-        let known: HashSet<u32> =
-            snapshot.services.values().flat_map(|service| &service.ports).map(|port| port.id).collect();
-        self.0.write().unwrap_or_else(PoisonError::into_inner).retain(|port, _| known.contains(port));
+        let known = |port: &u32| snapshot.by_service_number.contains_key(port);
+        self.0.write().unwrap_or_else(PoisonError::into_inner).retain(|port, _| known(port));
     }
 }

@@ -11,8 +11,8 @@ use mesh_core::{
     addr::Vip,
     id::{SpiffeId, TaskId},
     model::{
-        Endpoint, EndpointId, Health, OnAgentDeath, Protocol, Reach, Service, ServicePort, Snapshot, Target, TlsMode,
-        Workload,
+        Destination, Endpoint, EndpointId, Health, OnAgentDeath, Protocol, Reach, Service, ServicePort, Snapshot,
+        Target, TlsMode, Workload,
     },
     policy::{Effect, Policy, Rule},
     task::NetworkMode,
@@ -159,13 +159,16 @@ fn endpoint(addr: SocketAddr, reach: Reach, identity: &SpiffeId) -> Endpoint {
 fn snapshot(protocol: Protocol, endpoints: Vec<Endpoint>) -> Snapshot {
     let name: mesh_core::id::ServiceName = "world".parse().expect("valid");
     let mut endpoints: Vec<_> = endpoints.into_iter().map(Arc::new).collect();
-    endpoints.sort_by(|a, b| a.id.cmp(&b.id));
+    endpoints.sort_by_key(|endpoint| endpoint.id);
     let mut snapshot = Snapshot { generation: 1, ..Snapshot::default() };
     let vip: SocketAddr = VIP.parse().expect("an address");
-    snapshot.by_address.insert(vip, Target::Service { service: name.clone(), port: 80 });
-    for endpoint in &endpoints {
-        let target = Target::Endpoint { service: name.clone(), port: 80, endpoint: endpoint.id.clone() };
-        snapshot.by_address.insert(endpoint.addr, target);
+    let mut insert = |addr: SocketAddr, number, target| {
+        snapshot.by_address.insert(addr.into(), Arc::new(Destination { number, target }));
+    };
+    insert(vip, 7, Target::Service { service: name.clone(), port: 80 });
+    for (number, endpoint) in (8..).zip(&endpoints) {
+        let target = Target::Endpoint { service: name.clone(), port: 80, endpoint: endpoint.id };
+        insert(endpoint.addr, number, target);
     }
     let service = Service {
         name: name.clone(),

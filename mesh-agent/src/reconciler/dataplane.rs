@@ -2,11 +2,14 @@
 //!
 //! Must not know what an image means; `mesh_core::dataplane` makes it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use mesh_common::maps::GrantKey;
 use mesh_core::{
-    dataplane::{Image, Write, diff, image},
+    dataplane::{Image, Write, around, diff, image},
     model::{Numbers, Snapshot},
 };
 
@@ -27,12 +30,19 @@ pub(super) fn given(found: &Image, enrolled: &Enrolled) -> Numbers {
 }
 
 pub(super) struct Dataplane {
-    /// What the kernel holds.
-    held: Image,
-    /// Generation that `held` was made from, once one was applied in full.
-    generation: Option<u64>,
+    held: Held,
+    /// How many services, endpoints and grants that are.
+    sizes: [usize; 3],
     /// What another agent had granted to the workloads that it knew.
     old_grants: BTreeSet<GrantKey>,
+}
+
+/// What the kernel holds.
+enum Held {
+    /// The image of a snapshot.
+    Of(Arc<Snapshot>),
+    /// What another agent left, or was read back after a failure.
+    Found(Image),
 }
 
 impl Dataplane {
@@ -40,7 +50,8 @@ impl Dataplane {
     /// namespaces are ours: our numbers go on from its (see [`given`]), so no entry means two things.
     pub(super) fn adopt(found: Image) -> Self {
         let old_grants = found.grants.keys().copied().collect();
-        Self { held: Image { grants: BTreeMap::new(), ..found }, generation: None, old_grants }
+        let found = Image { grants: BTreeMap::new(), ..found };
+        Self { sizes: sizes(&found), held: Held::Found(found), old_grants }
     }
 
     /// Nobody bears the numbers of the agent before us any more.
@@ -52,29 +63,40 @@ impl Dataplane {
     }
 
     /// Entries of services, endpoints and grants in the kernel.
-    pub(super) fn sizes(&self) -> (usize, usize, usize) {
-        (self.held.services.len(), self.held.endpoints.len(), self.held.grants.len())
+    pub(super) fn sizes(&self) -> [usize; 3] {
+        self.sizes
     }
 
     /// Writes what differs. True: a write failed, which is said if `aloud`, and this has to be tried again.
-    pub(super) fn apply(&mut self, maps: &mut Maps, snapshot: &Snapshot, aloud: bool) -> bool {
-        if self.generation == Some(snapshot.generation) {
-            return false;
-        }
-        let wanted = image(snapshot);
-        match maps.apply(&diff(&self.held, &wanted)) {
+    pub(super) fn apply(&mut self, maps: &mut Maps, snapshot: &Arc<Snapshot>, aloud: bool) -> bool {
+        let part;
+        let (from, to) = match &self.held {
+            Held::Of(held) if Arc::ptr_eq(held, snapshot) => return false,
+            Held::Of(held) => {
+                let (from, to) = around(held, snapshot);
+                part = from;
+                (&part, to)
+            }
+            Held::Found(found) => (found, image(snapshot)),
+        };
+        let (gone, come) = (sizes(from), sizes(&to));
+        match maps.apply(&diff(from, &to)) {
             Ok(()) => {
-                self.held = wanted;
-                self.generation = Some(snapshot.generation);
+                for ((size, gone), come) in self.sizes.iter_mut().zip(gone).zip(come) {
+                    *size = *size - gone + come;
+                }
+                self.held = Held::Of(snapshot.clone());
                 false
             }
             Err(error) => {
                 if aloud {
                     tracing::error!(error = &error as &dyn std::error::Error, "kernel maps are behind the snapshot");
                 }
-                self.generation = None;
                 match maps.image() {
-                    Ok(image) => self.held = image,
+                    Ok(image) => {
+                        self.sizes = sizes(&image);
+                        self.held = Held::Found(image);
+                    }
                     Err(error) => {
                         tracing::error!(error = &error as &dyn std::error::Error, "cannot read the kernel maps back");
                     }
@@ -83,6 +105,10 @@ impl Dataplane {
             }
         }
     }
+}
+
+fn sizes(image: &Image) -> [usize; 3] {
+    [image.services.len(), image.endpoints.len(), image.grants.len()]
 }
 
 #[cfg(test)]

@@ -276,7 +276,7 @@ impl Serialize for Access {
         if let Some(port) = self.dst.port {
             map.serialize_entry(fields::DST_PORT, &port)?;
         }
-        put(&mut map, fields::DST_ENDPOINT, self.dst.endpoint.as_ref().map(|id| &id.0))?;
+        put(&mut map, fields::DST_ENDPOINT, self.dst.endpoint)?;
         put(&mut map, fields::DST_TASK, self.dst.task.as_ref())?;
         put(&mut map, fields::DST_ID, self.dst.id.as_ref())?;
         put(&mut map, fields::DST_AGENT, self.dst.agent)?;
@@ -328,7 +328,7 @@ mod tests {
         let dst = Destination {
             service: Some("world".parse().expect("valid")),
             port: Some(80),
-            endpoint: Some(EndpointId("10.0.0.2:8080".into())),
+            endpoint: Some(EndpointId::of(([10, 0, 0, 2], 8080).into())),
             ..Destination::default()
         };
         let mut access = Access::begin(&telemetry, Direction::Outbound, Protocol::Http, src, dst);

@@ -368,27 +368,25 @@ impl Metrics {
         self.map_entries.get_or_create(&Map { map: map.to_owned() }).set(i64::try_from(entries).unwrap_or(i64::MAX));
     }
 
-    /// A snapshot has been published. Series of pairs whose local task has left are removed.
-    pub fn snapshot(&self, snapshot: &Snapshot) {
+    /// A snapshot has been published after `last`. Series of pairs whose local task has left are removed.
+    pub fn snapshot(&self, last: &Snapshot, snapshot: &Snapshot) {
         self.generation.set(snapshot.generation);
         self.workloads.set(i64::try_from(snapshot.workloads.len()).unwrap_or(i64::MAX));
-        let mut counts: HashMap<Endpoints, i64> = HashMap::new();
-        for service in snapshot.services.values() {
-            for health in [EndpointHealth::Healthy, EndpointHealth::Unhealthy, EndpointHealth::Draining] {
-                counts.insert(Endpoints { service: service.name.to_string(), health }, 0);
-            }
-            for endpoint in service.ports.iter().flat_map(|port| &port.endpoints) {
-                let health = match endpoint.health {
-                    Health::Healthy => EndpointHealth::Healthy,
-                    Health::Unhealthy => EndpointHealth::Unhealthy,
-                    Health::Draining => EndpointHealth::Draining,
+        for (name, service) in snapshot.changed_since(last) {
+            for (health, is) in [
+                (EndpointHealth::Healthy, Health::Healthy),
+                (EndpointHealth::Unhealthy, Health::Unhealthy),
+                (EndpointHealth::Draining, Health::Draining),
+            ] {
+                let labels = Endpoints { service: name.to_string(), health };
+                let Some(service) = service else {
+                    self.endpoints.remove(&labels);
+                    continue;
                 };
-                *counts.entry(Endpoints { service: service.name.to_string(), health }).or_default() += 1;
+                let endpoints = service.ports.iter().flat_map(|port| &port.endpoints);
+                let count = endpoints.filter(|endpoint| endpoint.health == is).count();
+                self.endpoints.get_or_create(&labels).set(i64::try_from(count).unwrap_or(i64::MAX));
             }
-        }
-        self.endpoints.clear();
-        for (labels, count) in counts {
-            self.endpoints.get_or_create(&labels).set(count);
         }
         self.prune(snapshot);
     }
@@ -582,7 +580,7 @@ mod tests {
         let metrics = Metrics::new();
         metrics.link(&key(1)).connection(Outcome::Ok, Duration::from_millis(1));
         assert!(metrics.encode().contains(r#"src_task="t1""#));
-        metrics.snapshot(&Snapshot::default());
+        metrics.snapshot(&Snapshot::default(), &Snapshot::default());
         assert!(!metrics.encode().contains(r#"src_task="t1""#));
     }
 

@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     arb::{self, World, bridge_task},
+    merge::{self, Merged},
     services,
     task::{ContainerHealth, NetworkMode, Task},
 };
@@ -79,15 +80,31 @@ proptest! {
     }
 
     #[test]
+    fn the_difference_of_two_snapshots_is_that_of_their_images(worlds in arb::worlds()) {
+        let mut last = Merged::default();
+        for world in &worlds {
+            let next = merge::merge(&last, &world.sources());
+            let (before, after) = (image(&last.snapshot), image(&next.snapshot));
+            let (from, to) = around(&last.snapshot, &next.snapshot);
+            prop_assert_eq!(diff(&from, &to), diff(&before, &after));
+            prop_assert_eq!(after.services.len() - to.services.len(), before.services.len() - from.services.len());
+            prop_assert_eq!(after.endpoints.len() - to.endpoints.len(), before.endpoints.len() - from.endpoints.len());
+            prop_assert_eq!(after.grants.len() - to.grants.len(), before.grants.len() - from.grants.len());
+            last = next;
+        }
+    }
+
+    #[test]
     fn an_image_says_what_the_snapshot_says(world in arb::world()) {
         let snapshot = world.snapshot();
         let image = image(&snapshot);
         prop_assert_eq!(image.services.len(), snapshot.by_address.len());
         let used: usize = image.services.values().map(|s| (s.id, s.total)).collect::<BTreeSet<_>>().iter().map(|(_, n)| *n as usize).sum();
         prop_assert_eq!(used, image.endpoints.len(), "no slot without a service");
-        for (addr, target) in &snapshot.by_address {
-            let value = &image.services[&Addr::from(*addr)];
-            prop_assert_eq!(snapshot.by_service_number.get(&value.id), Some(target));
+        for (addr, destination) in &snapshot.by_address {
+            let value = &image.services[addr];
+            prop_assert_eq!(snapshot.by_service_number.get(&value.id), Some(destination));
+            let target = &destination.target;
             let (Target::Service { service: name, port } | Target::Endpoint { service: name, port, .. }) = target;
             let service = &snapshot.services[name];
             let port = &service.ports[service.port_index(*port).expect("a port")];

@@ -1,68 +1,101 @@
-//! The look-up tables of a snapshot, made from its services and workloads.
+//! The look-up tables of a snapshot, brought up to date with the services that changed.
 //!
-//! Must not know the sources.
+//! Who gets an address is decided anew only where somebody's claim to it changed, and from all claims, so that the
+//! order of changes does not matter. Must not know the sources.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
+    sync::Arc,
 };
 
-use super::next;
-use crate::model::{Endpoint, Health, Reach, Service, ServicePort, Snapshot, Target};
+use mesh_common::addr::{Addr, Ip};
+
+use super::{Change, next};
+use crate::model::{Destination, Endpoint, Health, Reach, Service, Snapshot, Target};
 
 /// Who has an address when several claim it: the lower one.
 type Rank = (u8, bool);
 
-const VIRTUAL: Rank = (0, false);
-
-/// Fills `by_address`, `by_service_number` and `endpoint_numbers`. Numbers are taken over from `previous`.
-pub(super) fn fill(snapshot: &mut Snapshot, previous: &Snapshot) {
-    let addresses = addresses(snapshot);
-    let mut by_service_number = HashMap::with_capacity(addresses.len());
-    for service in snapshot.services.values() {
-        for port in &service.ports {
-            by_service_number.insert(port.id, Target::Service { service: service.name.clone(), port: port.port });
+/// Brings everything up to date that follows from services and workloads, which are those of `snapshot` already. Numbers
+/// are taken over from `previous`.
+pub(super) fn update(snapshot: &mut Snapshot, previous: &Snapshot, changes: &[Change]) {
+    for service in changes.iter().filter_map(|change| change.old.as_ref()) {
+        for ip in addresses_of(service) {
+            snapshot.by_vip.remove(&Ip::from(ip));
         }
     }
-    let targets: BTreeSet<&Target> = addresses.values().map(|(_, target)| target).collect();
-    let mut endpoint_numbers = BTreeMap::new();
-    for target in targets.into_iter().filter(|target| matches!(target, Target::Endpoint { .. })) {
-        let taken = |n| previous.by_service_number.contains_key(&n) || by_service_number.contains_key(&n);
-        let known = previous.endpoint_numbers.get(target).copied();
-        let number = known.unwrap_or_else(|| next(&mut snapshot.last.service, taken));
-        by_service_number.insert(number, target.clone());
-        endpoint_numbers.insert(target.clone(), number);
+    for service in changes.iter().filter_map(|change| change.new.as_ref()) {
+        for ip in addresses_of(service) {
+            snapshot.by_vip.insert(Ip::from(ip), service.name.clone());
+        }
     }
-    snapshot.by_address = addresses.into_iter().map(|(addr, (_, target))| (addr, target)).collect();
-    snapshot.by_service_number = by_service_number;
-    snapshot.endpoint_numbers = endpoint_numbers;
+    let moves = moves(snapshot, changes);
+    number(snapshot, previous, changes, &moves);
 }
 
-fn addresses(snapshot: &Snapshot) -> HashMap<SocketAddr, (Rank, Target)> {
-    let mut addresses = HashMap::new();
-    for service in snapshot.services.values() {
-        for port in &service.ports {
+fn addresses_of(service: &Service) -> [IpAddr; 2] {
+    [service.vip.v4.into(), service.vip.v6.into()]
+}
+
+/// Settles all claims that changed. Returns who has which address from now on, where that is not who had it.
+fn moves(snapshot: &mut Snapshot, changes: &[Change]) -> BTreeMap<Addr, Option<Target>> {
+    let mut claims = Vec::new();
+    for Change { old, new } in changes {
+        let (old, new) = (old.as_deref(), new.as_deref());
+        old.into_iter().for_each(|service| claim(service, |addr, target| claims.push((addr, false, target))));
+        new.into_iter().for_each(|service| claim(service, |addr, target| claims.push((addr, true, target))));
+    }
+    // What is given up comes before what is claimed.
+    claims.sort_unstable();
+    let mut moves = BTreeMap::new();
+    for group in claims.chunk_by(|(a, ..), (b, ..)| a == b) {
+        let Some((addr, ..)) = group.first() else { continue };
+        let owner = snapshot.by_address.get(addr).map(|destination| &destination.target);
+        let mut claimants = match snapshot.contested.get(addr) {
+            Some(all) => BTreeSet::clone(all),
+            None => owner.cloned().into_iter().collect(),
+        };
+        for (_, claims, target) in group {
+            if *claims {
+                claimants.insert(target.clone());
+            } else {
+                claimants.remove(target);
+            }
+        }
+        let winner = claimants.iter().min_by_key(|target| (rank(snapshot, *addr, target), *target));
+        if winner != owner {
+            moves.insert(*addr, winner.cloned());
+        }
+        if claimants.len() > 1 {
+            if snapshot.contested.get(addr).is_none_or(|before| **before != claimants) {
+                snapshot.contested.insert(*addr, Arc::new(claimants));
+            }
+        } else {
+            snapshot.contested.remove(addr);
+        }
+    }
+    moves
+}
+
+/// All addresses that a service, its ports and endpoints claim.
+pub(super) fn claim(service: &Service, mut push: impl FnMut(Addr, Target)) {
+    for port in &service.ports {
+        for ip in addresses_of(service) {
             let target = Target::Service { service: service.name.clone(), port: port.port };
-            for ip in [IpAddr::V4(service.vip.v4), IpAddr::V6(service.vip.v6)] {
-                claim(&mut addresses, SocketAddr::new(ip, port.port), VIRTUAL, &target);
-            }
-            for endpoint in &port.endpoints {
-                endpoint_addresses(snapshot, service, port, endpoint, &mut addresses);
+            push(SocketAddr::new(ip, port.port).into(), target);
+        }
+        for endpoint in &port.endpoints {
+            for addr in endpoint.addresses() {
+                let service = service.name.clone();
+                push(addr.into(), Target::Endpoint { service, port: port.port, endpoint: endpoint.id });
             }
         }
     }
-    addresses
 }
 
-fn endpoint_addresses(
-    snapshot: &Snapshot,
-    service: &Service,
-    port: &ServicePort,
-    endpoint: &Endpoint,
-    addresses: &mut HashMap<SocketAddr, (Rank, Target)>,
-) {
-    let id = endpoint.id.clone();
-    let target = Target::Endpoint { service: service.name.clone(), port: port.port, endpoint: id };
+pub(super) fn rank(snapshot: &Snapshot, addr: Addr, target: &Target) -> Rank {
+    let Some((service, endpoint)) = endpoint_of(snapshot, target) else { return (0, false) };
     match &endpoint.reach {
         Reach::Local { task, deliver, .. } => {
             let health = match endpoint.health {
@@ -73,24 +106,75 @@ fn endpoint_addresses(
             // The task's own service before another one that lists its address; a live task before a stopping one;
             // and the port that is really its own before an alias.
             let own = snapshot.workloads.get(task).is_some_and(|workload| workload.service == service.name);
-            let rank = (1 + health + if own { 0 } else { 3 }, port.port != deliver.port());
-            claim(addresses, endpoint.addr, rank, &target);
-            claim(addresses, *deliver, rank, &target);
+            (1 + health + if own { 0 } else { 3 }, target.port() != deliver.port())
         }
-        Reach::Tunnel { .. } | Reach::Plaintext => {
-            claim(addresses, endpoint.addr, (7, port.port != endpoint.addr.port()), &target);
-        }
+        Reach::Tunnel { .. } | Reach::Plaintext => (7, target.port() != addr.port()),
     }
 }
 
-fn claim(addresses: &mut HashMap<SocketAddr, (Rank, Target)>, addr: SocketAddr, rank: Rank, target: &Target) {
-    match addresses.entry(addr) {
-        Entry::Vacant(entry) => {
-            entry.insert((rank, target.clone()));
+/// The endpoint that a target is, and its service; `None` for a service port.
+fn endpoint_of<'a>(snapshot: &'a Snapshot, target: &Target) -> Option<(&'a Service, &'a Arc<Endpoint>)> {
+    let Target::Endpoint { service, port, endpoint } = target else { return None };
+    let service = snapshot.services.get(service)?;
+    Some((service, service.ports[service.port_index(*port)?].endpoint(endpoint)?))
+}
+
+/// Carries out the moves, with a number for every destination that has an address.
+fn number(snapshot: &mut Snapshot, previous: &Snapshot, changes: &[Change], moves: &BTreeMap<Addr, Option<Target>>) {
+    // Service ports have theirs already.
+    for service in changes.iter().filter_map(|change| change.new.as_deref()) {
+        for port in &service.ports {
+            if !snapshot.by_service_number.contains_key(&port.id) {
+                let target = Target::Service { service: service.name.clone(), port: port.port };
+                let destination = Destination { number: port.id, target };
+                snapshot.by_service_number.insert(port.id, Arc::new(destination));
+            }
         }
-        Entry::Occupied(mut entry) if rank < entry.get().0 => {
-            entry.insert((rank, target.clone()));
-        }
-        Entry::Occupied(_) => {}
     }
+    let winners: BTreeSet<&Target> = moves.values().flatten().collect();
+    let mut destinations = BTreeMap::new();
+    for target in winners {
+        let known = match target {
+            Target::Service { service, port } => snapshot.services.get(service).and_then(|service| {
+                snapshot.by_service_number.get(&service.ports[service.port_index(*port)?].id).cloned()
+            }),
+            Target::Endpoint { .. } => held(previous, target).next().cloned(),
+        };
+        let destination = known.unwrap_or_else(|| {
+            let taken = |n| previous.by_service_number.contains_key(&n) || snapshot.by_service_number.contains_key(&n);
+            let number = next(&mut snapshot.last.service, taken);
+            Arc::new(Destination { number, target: target.clone() })
+        });
+        snapshot.by_service_number.insert(destination.number, destination.clone());
+        destinations.insert(target, destination);
+    }
+    for (addr, winner) in moves {
+        match winner.as_ref().and_then(|winner| destinations.get(winner)) {
+            Some(destination) => snapshot.by_address.insert(*addr, destination.clone()),
+            None => snapshot.by_address.remove(addr),
+        };
+    }
+    // Whoever has lost its last address is no destination any more.
+    let losers = moves.keys().filter_map(|addr| previous.by_address.get(addr));
+    let gone: Vec<u32> = losers
+        .filter(|destination| match &destination.target {
+            Target::Service { service, port } => {
+                snapshot.services.get(service).is_none_or(|service| service.port_index(*port).is_none())
+            }
+            target @ Target::Endpoint { .. } => held(snapshot, target).next().is_none(),
+        })
+        .map(|destination| destination.number)
+        .collect();
+    for number in gone {
+        snapshot.by_service_number.remove(&number);
+    }
+}
+
+/// The endpoint as the destination that it is, once for each address that it has.
+fn held<'a>(snapshot: &'a Snapshot, target: &'a Target) -> impl Iterator<Item = &'a Arc<Destination>> {
+    let endpoint = endpoint_of(snapshot, target).map(|(_, endpoint)| endpoint);
+    let destinations = endpoint.into_iter().flat_map(|endpoint| endpoint.addresses());
+    destinations
+        .filter_map(|addr| snapshot.by_address.get(&Addr::from(addr)))
+        .filter(move |destination| destination.target == *target)
 }

@@ -8,7 +8,9 @@ use std::{
     sync::Arc,
 };
 
-use super::Sources;
+use mesh_common::addr::Addr;
+
+use super::{Definition, Sources, known::differing};
 use crate::{
     addr::canonical,
     config::Enrol,
@@ -24,10 +26,91 @@ pub const ENABLED_LABEL: &str = "ecs-mesh.enabled";
 pub const SERVICE_LABEL: &str = "ecs-mesh.service";
 
 /// An enrolled task, its service and identity.
-pub(super) struct Member<'a> {
-    pub(super) task: &'a Task,
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Member {
+    /// Index into the tasks.
+    pub(super) at: usize,
     pub(super) service: ServiceName,
     pub(super) identity: SpiffeId,
+}
+
+/// A service port that a local task serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Served {
+    pub(super) port: u16,
+    /// The container port.
+    pub(super) target: u16,
+    pub(super) endpoint: Arc<Endpoint>,
+}
+
+/// Endpoints of local tasks.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Locals {
+    /// Container ports of the tasks of a service.
+    ports: BTreeMap<ServiceName, BTreeSet<u16>>,
+    by_service: BTreeMap<ServiceName, Vec<Served>>,
+    /// By each of their addresses.
+    by_address: BTreeMap<Addr, Arc<Endpoint>>,
+}
+
+impl Locals {
+    /// What the members serve, by the definitions of their services.
+    pub(super) fn of_members(members: &[Member], sources: &Sources<'_>) -> Self {
+        let mut locals = Self::default();
+        for member in members {
+            locals.ports.entry(member.service.clone()).or_default().extend(container_ports(&sources.tasks[member.at]));
+        }
+        // A host port may pass from a stopping task to a running one: who is told to stop comes last.
+        let mut ordered: Vec<_> = members.iter().collect();
+        ordered.sort_by_key(|member| sources.tasks[member.at].phase);
+        let definitions: BTreeMap<_, _> = locals
+            .ports
+            .iter()
+            .filter_map(|(name, ports)| Some((name.clone(), Definition::of(name, sources.sets, Some(ports))?)))
+            .collect();
+        for member in ordered {
+            let Some(definition) = definitions.get(&member.service) else { continue };
+            let task = &sources.tasks[member.at];
+            for (port, target) in served(task, &definition.ports, definition.has_80) {
+                let Some(endpoint) = endpoint(member, target, sources) else { continue };
+                for addr in endpoint.addresses() {
+                    locals.by_address.entry(addr.into()).or_insert_with(|| endpoint.clone());
+                }
+                let service = locals.by_service.entry(member.service.clone()).or_default();
+                service.push(Served { port, target, endpoint });
+            }
+        }
+        locals
+    }
+
+    /// Services of local tasks that have a port.
+    pub(super) fn names(&self) -> impl Iterator<Item = &ServiceName> {
+        self.ports.iter().filter(|(_, ports)| !ports.is_empty()).map(|(name, _)| name)
+    }
+
+    /// Container ports of the tasks of a service.
+    pub(super) fn ports(&self, name: &ServiceName) -> Option<&BTreeSet<u16>> {
+        self.ports.get(name)
+    }
+
+    pub(super) fn of(&self, name: &ServiceName) -> impl Iterator<Item = &Served> {
+        self.by_service.get(name).into_iter().flatten()
+    }
+
+    pub(super) fn at(&self, addr: SocketAddr) -> Option<&Arc<Endpoint>> {
+        self.by_address.get(&addr.into())
+    }
+
+    /// Services whose own tasks differ.
+    pub(super) fn differing<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = ServiceName> {
+        let ports = differing(&self.ports, &other.ports);
+        ports.chain(differing(&self.by_service, &other.by_service)).cloned()
+    }
+
+    /// Addresses that are another endpoint's, or none, in the other.
+    pub(super) fn moved(&self, other: &Self) -> BTreeSet<Addr> {
+        differing(&self.by_address, &other.by_address).copied().collect()
+    }
 }
 
 /// Whether a task is in the mesh. An excluded family never is, whatever its label says: the exclusion belongs to the
@@ -42,26 +125,25 @@ pub fn enrolled(task: &Task, enrol: &Enrol) -> bool {
 }
 
 /// The enrolled tasks, by task id. A task for which no service name can be made of its family is not among them.
-pub(super) fn members<'a>(sources: &Sources<'a>) -> Vec<Member<'a>> {
+pub(super) fn members(sources: &Sources<'_>) -> Vec<Member> {
     let families = families(sources.sets);
-    let mut members: Vec<_> = sources
-        .tasks
-        .iter()
-        .filter(|task| enrolled(task, sources.enrol))
-        .filter_map(|task| {
-            let service = service_of(task, &families)?;
+    let tasks = &sources.tasks;
+    let mut members: Vec<_> = (0..tasks.len())
+        .filter(|at| enrolled(&tasks[*at], sources.enrol))
+        .filter_map(|at| {
+            let service = service_of(&tasks[at], &families)?;
             let identity = SpiffeId::new(sources.trust_domain, sources.cluster, &service).ok()?;
-            Some(Member { task, service, identity })
+            Some(Member { at, service, identity })
         })
         .collect();
-    members.sort_by(|a, b| a.task.id.cmp(&b.task.id));
-    members.dedup_by(|b, a| a.task.id == b.task.id);
+    members.sort_by(|a, b| tasks[a.at].id.cmp(&tasks[b.at].id));
+    members.dedup_by(|b, a| tasks[a.at].id == tasks[b.at].id);
     members
 }
 
 fn families(sets: &[ServiceSet]) -> HashMap<&str, &ServiceName> {
     let mut owners = HashMap::new();
-    for entry in sets.iter().flat_map(|set| &set.services) {
+    for entry in sets.iter().flat_map(|set| set.services.values()) {
         for family in &entry.families {
             owners.entry(family.as_str()).or_insert(&entry.name);
         }
@@ -77,7 +159,7 @@ fn service_of(task: &Task, families: &HashMap<&str, &ServiceName>) -> Option<Ser
 }
 
 /// TCP ports of the task's containers.
-pub(super) fn container_ports(task: &Task) -> BTreeSet<u16> {
+fn container_ports(task: &Task) -> BTreeSet<u16> {
     let ports = task.containers.iter().flat_map(|container| {
         container.exposed.iter().copied().chain(container.published.iter().map(|published| published.container_port))
     });
@@ -88,7 +170,7 @@ pub(super) fn container_ports(task: &Task) -> BTreeSet<u16> {
 ///
 /// Where the service's ports are defined, they decide. Otherwise each container port is a port of the service, and
 /// the only one is port 80 as well, unless `has_80`.
-pub(super) fn served(task: &Task, defined: &BTreeMap<u16, PortEntry>, has_80: bool) -> Vec<(u16, u16)> {
+fn served(task: &Task, defined: &BTreeMap<u16, PortEntry>, has_80: bool) -> Vec<(u16, u16)> {
     let known = container_ports(task);
     let only = match (known.first(), known.len()) {
         (Some(only), 1) => Some(*only),
@@ -107,8 +189,8 @@ pub(super) fn served(task: &Task, defined: &BTreeMap<u16, PortEntry>, has_80: bo
 }
 
 /// The task's endpoint at a container port. `None` while the task runs no instruction yet or has no address.
-pub(super) fn endpoint(member: &Member<'_>, target: u16, sources: &Sources<'_>) -> Option<Arc<Endpoint>> {
-    let task = member.task;
+fn endpoint(member: &Member, target: u16, sources: &Sources<'_>) -> Option<Arc<Endpoint>> {
+    let task = &sources.tasks[member.at];
     let health = health(task)?;
     let (deliver, addr, direct) = match task.mode {
         NetworkMode::Bridge => {

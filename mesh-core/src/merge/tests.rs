@@ -1,11 +1,13 @@
 //! What several sources and the tasks of a host become; order and repetition must not matter.
 
+use std::collections::HashMap;
+
 use proptest::prelude::*;
 
 use super::*;
 use crate::{
     arb::{self, World, bridge_task},
-    model::Target,
+    model::{Destination, Target},
     services,
     task::{ContainerHealth, NetworkMode, Phase},
 };
@@ -220,7 +222,7 @@ fn it_scales() {
             families: Vec::new(),
         }
     };
-    let set = ServiceSet { services: (0..5000).map(entry).collect(), policy: None };
+    let set = ServiceSet::of((0..5000).map(entry));
     let world = World { sets: vec![set], ..World::default() };
     // Quadratic work over 50,000 endpoints would not end within the patience of anybody.
     let snapshot = world.snapshot();
@@ -228,17 +230,45 @@ fn it_scales() {
     assert_eq!(world.after(&snapshot).generation, snapshot.generation);
 }
 
+/// The look-up tables, made again from the services alone.
+fn tables_are_those_of(snapshot: &Snapshot) -> Result<(), TestCaseError> {
+    let mut claims: BTreeMap<_, BTreeSet<Target>> = BTreeMap::new();
+    let mut numbers = BTreeSet::new();
+    for service in snapshot.services.values() {
+        index::claim(service, |addr, target| {
+            claims.entry(addr).or_default().insert(target);
+        });
+        numbers.extend(service.ports.iter().map(|port| port.id));
+        let vips = [IpAddr::from(service.vip.v4), service.vip.v6.into()];
+        prop_assert!(vips.iter().all(|ip| snapshot.service_at(*ip).is_some_and(|at| Arc::ptr_eq(at, service))));
+    }
+    prop_assert_eq!(snapshot.by_vip.len(), 2 * snapshot.services.len());
+    prop_assert!(snapshot.by_address.keys().eq(claims.keys()));
+    for (addr, destination) in &snapshot.by_address {
+        let best = claims[addr].iter().min_by_key(|target| (index::rank(snapshot, *addr, target), *target));
+        prop_assert_eq!(best, Some(&destination.target));
+        numbers.insert(destination.number);
+    }
+    prop_assert!(snapshot.by_service_number.keys().eq(numbers.iter()), "a number without a destination");
+    claims.retain(|_, claimants| claimants.len() > 1);
+    prop_assert!(snapshot.contested.iter().map(|(addr, all)| (addr, &**all)).eq(&claims));
+    Ok(())
+}
+
 /// What must hold of every snapshot.
 fn consistent(snapshot: &Snapshot) -> Result<(), TestCaseError> {
+    tables_are_those_of(snapshot)?;
     for (addr, target) in &snapshot.by_address {
-        prop_assert_eq!(*addr, canonical(*addr));
+        let Destination { number, target } = &**target;
+        let addr = SocketAddr::from(*addr);
         let (Target::Service { service: name, port } | Target::Endpoint { service: name, port, .. }) = target;
+        prop_assert_eq!(snapshot.by_service_number.get(number).map(|destination| &destination.target), Some(target));
         let service = &snapshot.services[name];
         let port = &service.ports[service.port_index(*port).expect("a port of the service")];
         match target {
             Target::Service { .. } => {
                 prop_assert!(addr.ip() == service.vip.v4 || addr.ip() == service.vip.v6);
-                prop_assert_eq!(snapshot.by_service_number.get(&port.id), Some(target));
+                prop_assert_eq!(port.id, *number);
             }
             Target::Endpoint { endpoint, .. } => {
                 let endpoint = port.endpoint(endpoint).expect("an endpoint of the port");
@@ -246,8 +276,7 @@ fn consistent(snapshot: &Snapshot) -> Result<(), TestCaseError> {
                     Reach::Local { deliver, .. } => Some(*deliver),
                     Reach::Tunnel { .. } | Reach::Plaintext => None,
                 };
-                prop_assert!(endpoint.addr == *addr || deliver == Some(*addr));
-                prop_assert_eq!(snapshot.by_service_number.get(&snapshot.endpoint_numbers[target]), Some(target));
+                prop_assert!(endpoint.addr == addr || deliver == Some(addr));
             }
         }
     }
@@ -255,9 +284,9 @@ fn consistent(snapshot: &Snapshot) -> Result<(), TestCaseError> {
         prop_assert!(service.ports.windows(2).all(|w| w[0].port < w[1].port));
         for port in &service.ports {
             prop_assert!(port.endpoints.windows(2).all(|w| w[0].id < w[1].id));
-            prop_assert!(snapshot.by_address.contains_key(&SocketAddr::new(service.vip.v4.into(), port.port)));
+            prop_assert!(snapshot.target(SocketAddr::new(service.vip.v4.into(), port.port)).is_some());
             for endpoint in &port.endpoints {
-                prop_assert!(snapshot.by_address.contains_key(&endpoint.addr));
+                prop_assert!(snapshot.target(endpoint.addr).is_some());
                 prop_assert_eq!(endpoint.identity.is_none(), endpoint.reach == Reach::Plaintext);
                 if let Reach::Local { task, .. } = &endpoint.reach {
                     prop_assert_eq!(endpoint.identity.as_ref(), Some(&snapshot.workloads[task].identity));
@@ -290,14 +319,25 @@ proptest! {
             let n = turn.index(turned.tasks.len());
             turned.tasks.rotate_left(n);
         }
-        for set in &mut turned.sets {
-            set.services.reverse();
-        }
         let (a, b) = (world.after(&previous), turned.after(&previous));
         prop_assert_eq!(&a.services, &b.services);
         prop_assert_eq!(&a.workloads, &b.workloads);
         prop_assert_eq!(&a.by_address, &b.by_address);
         prop_assert_eq!(&a.by_service_number, &b.by_service_number);
+    }
+
+    #[test]
+    fn a_merge_that_begins_with_the_last_one_comes_to_the_same(worlds in arb::worlds()) {
+        let mut known = Merged::default();
+        for world in &worlds {
+            let before = known.clone();
+            known = merge(&before, &world.sources());
+            let fresh = merge(&Merged { known: None, ..before }, &world.sources());
+            prop_assert_eq!(format!("{:#?}", known.snapshot), format!("{:#?}", fresh.snapshot));
+            prop_assert_eq!(&known.vips, &fresh.vips);
+            prop_assert_eq!(&known.homeless, &fresh.homeless);
+            consistent(&known.snapshot)?;
+        }
     }
 
     #[test]
@@ -324,9 +364,10 @@ proptest! {
                 let owner = owners.entry(workload.number).or_insert_with(|| workload.task.clone());
                 prop_assert_eq!(&*owner, &workload.task);
             }
-            for (number, target) in &next.by_service_number {
-                let first = meaning.entry(*number).or_insert_with(|| target.clone());
-                prop_assert_eq!(&*first, target);
+            for (number, destination) in &next.by_service_number {
+                prop_assert_eq!(*number, destination.number);
+                let first = meaning.entry(*number).or_insert_with(|| destination.target.clone());
+                prop_assert_eq!(&*first, &destination.target);
             }
             for (name, service) in &next.services {
                 if let Some(before) = previous.services.get(name) {
@@ -364,5 +405,5 @@ fn nobody_takes_a_virtual_address_away_by_registering_it() {
     world.sets.push(file(&thief));
     let after = world.after(&before);
     assert!(after.services.contains_key("thief"));
-    assert_eq!(after.by_address[&vip], before.by_address[&vip]);
+    assert_eq!(after.target(vip), before.target(vip));
 }

@@ -12,7 +12,7 @@ use crate::{
 
 pub(super) fn decide(snapshot: &Snapshot, ask: &Inbound<'_>, trace: &mut Trace) -> Result<InboundPlan, Refusal> {
     let target = canonical(ask.target);
-    let found = match snapshot.by_address.get(&target) {
+    let found = match snapshot.target(target) {
         Some(Target::Endpoint { service, port, endpoint }) => snapshot.services.get(service).and_then(|service| {
             let index = service.port_index(*port)?;
             match &service.ports[index].endpoint(endpoint)?.reach {

@@ -7,8 +7,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     arb::{self, World, bridge_task},
-    merge,
-    model::{Health, Reach, TlsMode},
+    merge::{self, Merged},
+    model::{Health, Numbers, Reach, Target, TlsMode},
     services,
     task::{Phase, Task},
     vip::VipTable,
@@ -74,7 +74,7 @@ fn vip(snapshot: &Snapshot, service: &str, port: u16) -> SocketAddr {
 
 /// Asks for `dst` from the task `caller`; answers in one line.
 fn ask(snapshot: &Snapshot, dst: SocketAddr, tried: &[&str], draw: u64) -> String {
-    let tried: Vec<_> = tried.iter().map(|id| EndpointId((*id).into())).collect();
+    let tried: Vec<_> = tried.iter().map(|id| EndpointId::of(id.parse().expect("an address"))).collect();
     let ask = Outbound {
         source: &snapshot.workloads["caller"],
         dst: OrigDst(dst),
@@ -164,10 +164,13 @@ fn a_task_listed_under_another_name_is_still_what_it_is() {
     assert_eq!(ask(&snapshot, vip(&snapshot, "cache", 6379), &[], 0), "denied");
     assert_eq!(ask(&snapshot, vip(&snapshot, "alias", 6379), &[], 0), "denied", "by its other name too");
     // Where the range of virtual addresses is full, the other name may be the only one.
+    world.vips.v4 = "240.240.0.0/30".parse().expect("valid");
     let mut vips = VipTable::default();
-    let names = [&"alias".parse().expect("valid"), &"web".parse().expect("valid")];
-    vips.assign(names.into_iter(), "240.240.0.0/16".parse().expect("valid"), "fd65::/96".parse().expect("valid"));
-    let snapshot = merge::merge(&Snapshot::default(), &world.sources(), &vips);
+    let names = [&"alias".parse().expect("valid"), &"world".parse().expect("valid")];
+    vips.assign(names.into_iter(), world.vips.v4, world.vips.v6);
+    let merged = merge::merge(&Merged::beginning(vips, Numbers::default()), &world.sources());
+    assert!(merged.homeless.contains("cache"));
+    let snapshot = merged.snapshot;
     assert!(!snapshot.services.contains_key("cache"));
     let (web, cache) = ("spiffe://a/ns/demo/sa/web".parse(), "spiffe://a/ns/demo/sa/cache".parse());
     let (peer, presented) = (web.expect("valid"), cache.expect("valid"));
@@ -248,7 +251,7 @@ fn inbound_streams() {
 
 fn load_of(seed: u64) -> impl Fn(&EndpointId) -> Load {
     move |id| {
-        let hash = id.0.bytes().fold(seed, |h, b| h.wrapping_mul(31).wrapping_add(u64::from(b)));
+        let hash = id.to_string().bytes().fold(seed, |h, b| h.wrapping_mul(31).wrapping_add(u64::from(b)));
         let failures = u32::try_from(hash % 9).expect("small");
         Load {
             in_flight: u32::try_from(hash % 5).expect("small"),
@@ -272,11 +275,11 @@ proptest! {
         let addresses: BTreeMap<_, _> = snapshot.by_address.iter().collect();
         let (dst, target) = addresses.iter().nth(n.index(addresses.len())).expect("in range");
         let source = snapshot.workloads.values().nth(who.index(snapshot.workloads.len())).expect("in range");
-        let (service, port) = destination(&snapshot, OrigDst(**dst)).expect("a known address");
+        let (service, port) = destination(&snapshot, OrigDst(SocketAddr::from(**dst))).expect("a known address");
         let endpoints = &service.ports[port].endpoints;
-        let tried: Vec<_> = endpoints.iter().take(tried).map(|e| e.id.clone()).collect();
+        let tried: Vec<_> = endpoints.iter().take(tried).map(|e| e.id).collect();
         let load = load_of(seed);
-        let ask = Outbound { source, dst: OrigDst(**dst), tried: &tried, load: &load, now: Duration::from_secs(1), draw };
+        let ask = Outbound { source, dst: OrigDst(SocketAddr::from(**dst)), tried: &tried, load: &load, now: Duration::from_secs(1), draw };
         let verdict = snapshot.policy.decide(&source.identity, &service.name);
         let owner = |endpoint: &Endpoint| match &endpoint.reach {
             Reach::Local { task, .. } => snapshot.workloads.get(task).map(|workload| workload.service.clone()),
@@ -303,7 +306,7 @@ proptest! {
                     }
                     other => prop_assert!(false, "{:?}", other),
                 }
-                match target {
+                match &target.target {
                     Target::Endpoint { endpoint, .. } => prop_assert_eq!(&plan.endpoint.id, endpoint),
                     Target::Service { .. } => prop_assert_eq!(plan.endpoint.health, Health::Healthy),
                 }
@@ -329,18 +332,13 @@ proptest! {
         let mut more = world.clone();
         let text = "[[service]]\nname = \"unrelated\"\nports = [{ port = 80 }]\n[[service.endpoint]]\naddress = \"10.99.9.9:80\"\nagent = \"10.99.9.9:15008\"\n";
         more.sets.push(services::ServiceSet { policy: None, ..services::parse(text).expect("parses") });
-        // The same addresses for the same names, as the agent's table keeps them.
-        let mut vips = VipTable::default();
-        vips.assign(merge::names(&world.sources()).iter(), "240.240.0.0/16".parse().expect("valid"), "fd65::/96".parse().expect("valid"));
-        let mut all = vips.clone();
-        all.assign(merge::names(&more.sources()).iter(), "240.240.0.0/16".parse().expect("valid"), "fd65::/96".parse().expect("valid"));
-        let a = merge::merge(&Snapshot::default(), &world.sources(), &vips);
-        let b = merge::merge(&a, &more.sources(), &all);
+        let first = merge::merge(&Merged::default(), &world.sources());
+        let (b, a) = (merge::merge(&first, &more.sources()).snapshot, first.snapshot);
         if a.workloads.is_empty() || a.by_address.is_empty() {
             return Ok(());
         }
         let addresses: BTreeMap<_, _> = a.by_address.iter().collect();
-        let dst = OrigDst(**addresses.keys().nth(n.index(addresses.len())).expect("in range"));
+        let dst = OrigDst(SocketAddr::from(**addresses.keys().nth(n.index(addresses.len())).expect("in range")));
         let source = a.workloads.values().nth(who.index(a.workloads.len())).expect("in range");
         let load = load_of(seed);
         let ask = Outbound { source, dst, tried: &[], load: &load, now: Duration::ZERO, draw };
@@ -359,7 +357,7 @@ proptest! {
             return Ok(());
         }
         let addresses: BTreeMap<_, _> = snapshot.by_address.iter().collect();
-        let target = **addresses.keys().nth(n.index(addresses.len())).expect("in range");
+        let target = SocketAddr::from(**addresses.keys().nth(n.index(addresses.len())).expect("in range"));
         match inbound(&snapshot, &Inbound { peer: &peer, presented: &presented, target }) {
             Ok(plan) => {
                 prop_assert_eq!(&presented, &plan.workload.identity, "who was promised is who answers");

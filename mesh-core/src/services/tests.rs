@@ -44,7 +44,7 @@ fn faults(text: &str) -> Vec<String> {
 #[test]
 fn the_documented_form_parses() {
     let set = parse(FILE).expect("parses");
-    let world = &set.services[0];
+    let world = &set.services["world"];
     assert_eq!(world.name.as_str(), "world");
     assert_eq!(world.families, ["world-v1"]);
     assert_eq!((world.tls, world.on_agent_death), (Some(TlsMode::Strict), Some(OnAgentDeath::Open)));
@@ -63,8 +63,8 @@ fn the_documented_form_parses() {
     let second = &world.endpoints[1];
     assert_eq!(second.addr.to_string(), "10.90.1.12:32768", "a mapped address is the plain one");
     assert_eq!((second.port, second.weight, second.zone.as_deref()), (Some(80), 5, Some("a")));
-    assert_eq!(set.services[1].ports[1].protocol, Some(Protocol::Tcp));
-    assert_eq!(set.services[1].tls, None);
+    assert_eq!(set.services["cache"].ports[1].protocol, Some(Protocol::Tcp));
+    assert_eq!(set.services["cache"].tls, None);
     let policy = set.policy.expect("has one");
     assert_eq!((policy.default, policy.rules.len()), (Effect::Allow, 1));
     assert_eq!((policy.rules[0].effect, policy.rules[0].to[0].as_str()), (Effect::Deny, "cache"));

@@ -44,7 +44,7 @@ fn queries_are_read() {
 /// What [`direct`] says about `web-1` and `world:80` when the task, the port and the policy are such; `Pass` for nothing.
 fn directly(mode: NetworkMode, protocol: Protocol, policy: Policy) -> Verdict {
     let mut snapshot = sample::snapshot();
-    let world = snapshot.services.values_mut().next().expect("there is one");
+    let world = snapshot.services.get_mut("world").expect("there is one");
     Arc::make_mut(world).ports[0].protocol = protocol;
     snapshot.policy = Arc::new(policy);
     let source = Workload { mode, ..Workload::clone(snapshot.workloads.values().next().expect("there is one")) };

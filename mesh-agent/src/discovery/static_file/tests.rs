@@ -48,7 +48,7 @@ fn watch(path: &Path) -> Discovery {
 }
 
 fn names(sets: &[ServiceSet]) -> Vec<String> {
-    sets.iter().flat_map(|set| &set.services).map(|service| service.name.to_string()).collect()
+    sets.iter().flat_map(|set| set.services.keys()).map(ToString::to_string).collect()
 }
 
 async fn expect(discovery: &mut Discovery, wanted: &[&str]) {

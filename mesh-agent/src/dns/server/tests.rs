@@ -2,6 +2,7 @@
 
 use std::{collections::HashSet, net::Ipv4Addr, process::Command, sync::Mutex};
 
+use mesh_common::addr::Ip;
 use mesh_core::{
     addr::Vip,
     config,
@@ -56,6 +57,7 @@ fn snapshot() -> Snapshot {
     let services = [service("world", 1, 80..81), service("many", 2, 1000..1100)];
     Snapshot {
         generation: 7,
+        by_vip: services.iter().map(|service| (Ip::v4(service.vip.v4.octets()), service.name.clone())).collect(),
         services: services.into_iter().map(|service| (service.name.clone(), service)).collect(),
         ..Snapshot::default()
     }

@@ -165,7 +165,7 @@ async fn send(
         };
         let failure = judge(&error);
         tracing::debug!(
-            src.addr = %client.route.src_addr, dst.endpoint = %lease.slot.endpoint.0, error = %error.error(),
+            src.addr = %client.route.src_addr, dst.endpoint = %lease.slot.endpoint, error = %error.error(),
             pooled = lease.used, "no answer to a request"
         );
         request = match (unsent(error), copy) {
@@ -183,7 +183,7 @@ async fn send(
             fresh = true;
         } else {
             lease.in_flight.failed(proxy.now(), draw());
-            tried.push(lease.slot.endpoint.clone());
+            tried.push(lease.slot.endpoint);
             last = Some(failure);
             if tried.len() >= MAX_TRIES {
                 return Err(Failed::Refused(failure));
@@ -195,11 +195,8 @@ async fn send(
 /// A connection to the planned endpoint: an idle one, unless it has to be `fresh`, or a new one.
 async fn lease(client: &Client, plan: Plan, tried: &mut Vec<EndpointId>, fresh: bool) -> Result<Lease, Refusal> {
     let route = &client.route;
-    let slot = Slot {
-        endpoint: plan.endpoint.id.clone(),
-        source: route.source.identity.clone(),
-        delivery: plan.delivery.clone(),
-    };
+    let slot =
+        Slot { endpoint: plan.endpoint.id, source: route.source.identity.clone(), delivery: plan.delivery.clone() };
     if !fresh && let Some(sender) = route.proxy.pool.take(&slot) {
         let in_flight = route.proxy.loads.start(&slot.endpoint);
         return Ok(Lease { sender, slot, in_flight, used: true });

@@ -58,7 +58,7 @@ impl Pool {
     /// The connection that was used last, if one is fit.
     pub(super) fn take(&self, slot: &Slot) -> Option<Sender> {
         let mut shard = self.shard(&slot.endpoint);
-        let idle = shard.0.get_mut(&(slot.endpoint.clone(), slot.source.clone()))?;
+        let idle = shard.0.get_mut(&(slot.endpoint, slot.source.clone()))?;
         while let Some(Idle { sender, delivery, since }) = idle.pop() {
             if sender.is_ready() && delivery == slot.delivery && since.elapsed() < IDLE {
                 return Some(sender);
@@ -94,10 +94,9 @@ impl Pool {
 
     fn shard(&self, endpoint: &EndpointId) -> MutexGuard<'_, Shard> {
         // FNV-1a: spreads addresses well enough.
-        let hash = endpoint
-            .0
-            .bytes()
-            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+        let bytes = endpoint.0.ip.0.iter().chain(&endpoint.0.port);
+        let hash = bytes
+            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
         let index = (hash >> 32) as usize % SHARDS;
         self.shards[index].lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -143,11 +142,8 @@ pub(super) async fn handshake(wire: Wire) -> hyper::Result<Sender> {
 
 /// Makes a connection that was opened ahead an idle one.
 pub(super) async fn donate(route: &Route, spare: Upstream) {
-    let slot = Slot {
-        endpoint: spare.plan.endpoint.id.clone(),
-        source: route.source.identity.clone(),
-        delivery: spare.plan.delivery,
-    };
+    let slot =
+        Slot { endpoint: spare.plan.endpoint.id, source: route.source.identity.clone(), delivery: spare.plan.delivery };
     // One that has ended meanwhile is no loss.
     if let Ok(sender) = handshake(spare.wire).await {
         give_back(&route.proxy, slot, sender);
