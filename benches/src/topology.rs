@@ -1,0 +1,222 @@
+//! Four hosts on one network: two with agents and two without, each pair with the same tasks.
+//!
+//! Agents and their kernel programs never see a packet of the pair without them, so both can be measured in turn on
+//! the same wire. Every task has an interface of its own on that wire (awsvpc mode), so the way from client to server
+//! without a mesh is one hop, and a proxy beside a task is reached over loopback. It must not know any proxy.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
+    path::Path,
+};
+
+use anyhow::{Context as _, Result};
+use mesh_lab::{Cluster, Host, Image, Mode, Process, Task, TaskSpec};
+
+/// What the servers serve, and where.
+pub const HTTP: u16 = 8080;
+/// The same server, as a port that the mesh is told nothing of but bytes.
+pub const HTTP_AS_BYTES: u16 = 8081;
+/// HTTP/2 in clear.
+pub const HTTP2: u16 = 8082;
+/// iperf3.
+pub const BULK: u16 = 5201;
+/// Every byte comes back.
+pub const ECHO: u16 = 9000;
+
+/// Every answer but the large one.
+pub const SMALL_ANSWER: usize = 100;
+/// Of `/large`.
+pub const LARGE_ANSWER: usize = 10_000_000;
+
+/// The family of tasks, which is the name of their service too.
+pub const NEAR: &str = "near";
+pub const FAR: &str = "far";
+
+/// The hosts and what runs on them.
+#[derive(Debug)]
+pub struct Topology {
+    pub cluster: Cluster,
+    /// Hosts 0 and 1, which get agents.
+    pub meshed: Pair,
+    /// Hosts 2 and 3, where nothing of ours runs.
+    pub plain: Pair,
+}
+
+/// Two hosts: a client and a server on the first, a server on the second.
+#[derive(Debug)]
+pub struct Pair {
+    /// Where in the cluster the first of them is.
+    first: usize,
+    pub client: Task,
+    pub near: Task,
+    pub far: Task,
+}
+
+/// Which task of a pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seat {
+    Client,
+    Near,
+    Far,
+}
+
+impl Topology {
+    /// Makes the hosts and starts the tasks. `probe` is this crate's own program of that name.
+    ///
+    /// # Errors
+    /// The lab cannot be made here, or a program is not installed.
+    pub fn up(probe: &Path) -> Result<Self> {
+        let cluster = Cluster::without_docker(4)?;
+        let probe = probe.to_str().context("the target folder's name is UTF-8")?;
+        let programs = [
+            ("/usr/bin/curl", "curl"),
+            ("/usr/bin/h2load", "h2load"),
+            ("/usr/bin/iperf3", "iperf3"),
+            ("/usr/bin/wrk", "wrk"),
+            ("/usr/sbin/nginx", "nginx"),
+            (probe, "probe"),
+        ];
+        let image = Image::build(cluster.dir(), "benches/tools", &programs)?;
+        cluster.import(&image)?;
+        let meshed = Pair::up(&cluster, 0, image.name())?;
+        let plain = Pair::up(&cluster, 2, image.name())?;
+        Ok(Self { cluster, meshed, plain })
+    }
+
+    /// Removes everything.
+    ///
+    /// # Errors
+    /// Something cannot be removed.
+    pub fn down(self) -> Result<()> {
+        self.cluster.down()
+    }
+}
+
+impl Pair {
+    fn up(cluster: &Cluster, first: usize, image: &str) -> Result<Self> {
+        let hosts = cluster.hosts();
+        let start = |host: usize, family: &str, command: &[&str]| {
+            let mut spec = TaskSpec::new(family, image, command).mode(Mode::Awsvpc);
+            if family != "client" {
+                spec = [HTTP, HTTP_AS_BYTES, HTTP2, BULK, ECHO].into_iter().fold(spec, TaskSpec::port);
+            }
+            hosts[host].run_task(&spec)
+        };
+        let configuration = server_configuration();
+        let serve = ["sh", "-c", SERVER, &configuration];
+        let pair = Self {
+            first,
+            client: start(first, "client", &["sleep", "2147483647"])?,
+            near: start(first, NEAR, &serve)?,
+            far: start(first + 1, FAR, &serve)?,
+        };
+        pair.await_servers(cluster)?;
+        Ok(pair)
+    }
+
+    /// Until each port of both servers accepts.
+    fn await_servers(&self, cluster: &Cluster) -> Result<()> {
+        for server in [&self.near, &self.far] {
+            for port in [HTTP, HTTP_AS_BYTES, HTTP2, BULK, ECHO] {
+                let at = SocketAddrV4::new(server.address, port).to_string();
+                let wait = ["probe", "await", &at];
+                cluster.hosts()[self.first].run_in(&self.client, &wait).context("a server does not start")?;
+            }
+        }
+        Ok(())
+    }
+
+    #[must_use]
+    pub fn task(&self, seat: Seat) -> &Task {
+        match seat {
+            Seat::Client => &self.client,
+            Seat::Near => &self.near,
+            Seat::Far => &self.far,
+        }
+    }
+
+    #[must_use]
+    pub fn host<'a>(&self, cluster: &'a Cluster, seat: Seat) -> &'a Host {
+        match seat {
+            Seat::Client | Seat::Near => &cluster.hosts()[self.first],
+            Seat::Far => &cluster.hosts()[self.first + 1],
+        }
+    }
+
+    #[must_use]
+    pub fn address(&self, seat: Seat) -> Ipv4Addr {
+        self.task(seat).address
+    }
+
+    /// Runs a command in the client's container; it must succeed. Returns its standard output.
+    ///
+    /// # Errors
+    /// It failed.
+    pub fn ask(&self, cluster: &Cluster, argv: &[&str]) -> Result<String> {
+        self.host(cluster, Seat::Client).run_in(&self.client, argv)
+    }
+
+    /// Starts a program of the machine beside a task, in its network: as a sidecar.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn beside(&self, cluster: &Cluster, seat: Seat, name: &str, argv: &[&str]) -> Result<Process> {
+        let pause = self.task(seat).pause.as_deref().context("a task in awsvpc mode has a pause container")?;
+        let network = format!("--net=/run/docker/netns/{}", &pause[..12]);
+        self.host(cluster, seat).spawn(name, &[&["nsenter", &network, "--"], argv].concat())
+    }
+
+    /// Runs a program of the machine beside a task to its end.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn run_beside(&self, cluster: &Cluster, seat: Seat, argv: &[&str]) -> Result<mesh_lab::Output> {
+        let pause = self.task(seat).pause.as_deref().context("a task in awsvpc mode has a pause container")?;
+        let network = format!("--net=/run/docker/netns/{}", &pause[..12]);
+        self.host(cluster, seat).exec(&[&["nsenter", &network, "--"], argv].concat())
+    }
+}
+
+/// Where a server's port is reached without any mesh.
+#[must_use]
+pub fn at(address: Ipv4Addr, port: u16) -> SocketAddr {
+    SocketAddr::from((address, port))
+}
+
+/// `$0` is nginx's configuration.
+const SERVER: &str = "printf '%s\\n' \"$0\" >/tmp/nginx.conf
+mkdir -p /tmp/www && head -c 10000000 /dev/zero | tr '\\0' x >/tmp/www/large
+iperf3 -s -p 5201 >/dev/null 2>&1 &
+probe echo 9000 &
+exec nginx -e stderr -c /tmp/nginx.conf";
+
+/// Answers at once, whatever is asked; the marker is what no wire of a mesh may show.
+fn server_configuration() -> String {
+    let temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+        .map(|kind| format!("{kind}_temp_path /tmp/{kind};"))
+        .join(" ");
+    let answer = "a".repeat(SMALL_ANSWER);
+    format!(
+        "user root; daemon off; worker_processes auto; worker_rlimit_nofile 8192; error_log stderr; pid /tmp/nginx.pid;
+events {{ worker_connections 4096; }}
+http {{
+    access_log off; sendfile on; tcp_nopush on; {temporary}
+    keepalive_requests 1000000000; keepalive_timeout 1h;
+    server {{
+        listen {HTTP} backlog=4096; listen {HTTP_AS_BYTES} backlog=4096;
+        root /tmp/www;
+        location / {{ default_type text/plain; return 200 \"{answer}\"; }}
+        location = /large {{ default_type application/octet-stream; }}
+        location = /marker {{ default_type text/plain; return 200 \"{MARKER_ANSWER}\"; }}
+    }}
+    server {{
+        listen {HTTP2} http2 backlog=4096;
+        location / {{ default_type application/grpc; return 200 \"{answer}\"; }}
+    }}
+}}"
+    )
+}
+
+/// Texts that are looked for on the wire: one that the client sends, one that the server answers.
+pub const MARKER_QUESTION: &str = "marker-question-7c1f9e52";
+pub const MARKER_ANSWER: &str = "marker-answer-b83d60a4";
