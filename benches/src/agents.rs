@@ -16,7 +16,7 @@ use mesh_lab::{Host, Process};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::topology::{BULK, ECHO, FAR, HTTP, HTTP_AS_BYTES, HTTP2, NEAR, Seat, Topology};
+use crate::topology::{BULK, ECHO, FAR, HTTP, HTTP_AS_BYTES, HTTP2, HTTP2_AS_BYTES, NEAR, Seat, Topology};
 
 const TRUST_DOMAIN: &str = "bench.mesh";
 const LIMIT: Duration = Duration::from_secs(20);
@@ -24,8 +24,8 @@ const LIMIT: Duration = Duration::from_secs(20);
 pub const TUNNELS: u16 = 15008;
 
 /// Ports of both services, and what is said of them.
-const PORTS: [(u16, &str); 5] =
-    [(HTTP, "http"), (HTTP_AS_BYTES, "tcp"), (HTTP2, "auto"), (BULK, "tcp"), (ECHO, "tcp")];
+const PORTS: [(u16, &str); 6] =
+    [(HTTP, "http"), (HTTP_AS_BYTES, "tcp"), (HTTP2, "http"), (HTTP2_AS_BYTES, "tcp"), (BULK, "tcp"), (ECHO, "tcp")];
 
 /// The two agents.
 #[derive(Debug)]
@@ -51,7 +51,7 @@ impl Agents {
         for host in hosts {
             host.write_etc("ecs-mesh/agent.toml", &configuration())?;
             host.write_etc("ecs-mesh/services.toml", &services(topology, host)?)?;
-            running.push(host.spawn("mesh-agent", &["mesh-agent", "run", "--config", "/etc/ecs-mesh/agent.toml"])?);
+            running.push(launch(host)?);
         }
         for (host, process) in hosts.iter().zip(&running) {
             await_ready(host, process)?;
@@ -65,6 +65,20 @@ impl Agents {
     /// One has ended.
     pub fn pids(&self) -> Result<BTreeSet<u32>> {
         self.running.iter().map(Process::pid).collect()
+    }
+
+    /// Ends both, and starts that of the first host alone again, without any traffic in its life; it has `tasks` in all.
+    ///
+    /// # Errors
+    /// It is not ready in time, or has another number of tasks.
+    pub fn restart_first(self, topology: &Topology, tasks: usize) -> Result<Self> {
+        self.stop()?;
+        let host = &topology.cluster.hosts()[0];
+        let process = launch(host)?;
+        await_ready(host, &process)?;
+        let known = ask(host, "status")?["tasks"].as_array().map_or(0, Vec::len);
+        ensure!(known == tasks, "the agent knows {known} tasks, not {tasks}");
+        Ok(Self { running: vec![process] })
     }
 
     /// Ends both as `systemctl stop` does.
@@ -81,6 +95,10 @@ impl Agents {
         }
         Ok(())
     }
+}
+
+fn launch(host: &Host) -> Result<Process> {
+    host.spawn("mesh-agent", &["mesh-agent", "run", "--config", "/etc/ecs-mesh/agent.toml"])
 }
 
 /// As the user-data script writes it, but for the access log: the proxies beside it write none either.

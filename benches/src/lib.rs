@@ -2,12 +2,18 @@
 //!
 //! Each benchmark is a file of `benches/benches`; nothing here knows which of them runs. Nothing here may favour a
 //! subject: the same work, the same tasks, the same wire.
-#![expect(clippy::print_stdout, reason = "a benchmark talks to whoever started it")]
 
 pub mod agents;
 pub mod certificates;
 pub mod figures;
+pub mod goals;
 pub mod load;
 pub mod peers;
+pub mod plot;
+pub mod proof;
+pub mod reference;
+pub mod report;
+pub mod rounds;
+pub mod subject;
 pub mod topology;
 pub mod usage;

@@ -104,9 +104,7 @@ impl Work {
         let ask = |argv: &[&str]| pair.ask(cluster, argv);
         let time = seconds.to_string();
         let said = match self {
-            Self::Http => {
-                ask(&["wrk", "-t2", "-c", CONNECTIONS, "-d", &time, &format!("http://{}/", target.http)])
-            }
+            Self::Http => ask(&["wrk", "-t2", "-c", CONNECTIONS, "-d", &time, &format!("http://{}/", target.http)]),
             Self::Large => ask(&["wrk", "-t1", "-c4", "-d", &time, &format!("http://{}/large", target.http)]),
             Self::Fresh => {
                 let url = format!("http://{}/", target.http);
@@ -120,7 +118,7 @@ impl Work {
                 "-D",
                 &time,
                 "-d",
-                "/etc/passwd",
+                "/etc/nsswitch.conf",
                 "-H",
                 "content-type: application/grpc",
                 "-H",
@@ -211,9 +209,7 @@ mod tests {
 
     #[test]
     fn a_rate_with_failures_is_no_rate() {
-        for fault in
-            ["  Socket errors: connect 0, read 3, write 0, timeout 0\n", "  Non-2xx or 3xx responses: 12\n"]
-        {
+        for fault in ["  Socket errors: connect 0, read 3, write 0, timeout 0\n", "  Non-2xx or 3xx responses: 12\n"] {
             assert!(wrk(&format!("{WRK}{fault}")).is_err(), "{fault}");
         }
     }

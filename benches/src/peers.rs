@@ -4,6 +4,8 @@
 //! no access log; and it sits where it has the shortest way, in the network of the task that it serves. A peer is a
 //! file below; it writes configurations and must not know where they run.
 
+mod envoy;
+mod haproxy;
 mod nginx;
 
 use std::{
@@ -42,7 +44,7 @@ pub struct Peer {
 }
 
 /// Every peer that there is.
-pub const ALL: [Peer; 2] = [nginx::L7, nginx::L4];
+pub const ALL: [Peer; 6] = [nginx::L7, nginx::L4, haproxy::L7, haproxy::L4, envoy::L7, envoy::L4];
 
 /// Programs that are not in the search path.
 #[derive(Clone, Debug, Default)]
@@ -120,6 +122,12 @@ impl Peer {
         }
     }
 
+    /// Whether its program is no Debian package.
+    #[must_use]
+    pub fn needs_envoy(&self) -> bool {
+        self.name.starts_with("envoy")
+    }
+
     /// Starts both proxies beside client and far server of the pair without agents, and waits until they accept.
     /// `index` keeps the ports of peers apart. The caller shows the certificate of `caller`, the called that of `called`.
     ///
@@ -171,10 +179,9 @@ impl Running {
     fn await_ready(&mut self, topology: &Topology) -> Result<()> {
         let far = topology.plain.address(Seat::Far);
         for lane in (0_u16..).take(self.peer.lanes().len()) {
-            for at in [
-                format!("127.0.0.1:{}", self.first_port + lane),
-                format!("{far}:{}", self.first_port + 1000 + lane),
-            ] {
+            for at in
+                [format!("127.0.0.1:{}", self.first_port + lane), format!("{far}:{}", self.first_port + 1000 + lane)]
+            {
                 if let Err(error) = topology.plain.ask(&topology.cluster, &["probe", "await", &at]) {
                     let words = [self.caller.last_words(), self.called.last_words()].join("\n--\n");
                     bail!("{} does not listen on {at}: {error:#}\n{words}", self.peer.name);

@@ -16,8 +16,9 @@ use mesh_lab::{Cluster, Host, Image, Mode, Process, Task, TaskSpec};
 pub const HTTP: u16 = 8080;
 /// The same server, as a port that the mesh is told nothing of but bytes.
 pub const HTTP_AS_BYTES: u16 = 8081;
-/// HTTP/2 in clear.
+/// HTTP/2 in clear, likewise.
 pub const HTTP2: u16 = 8082;
+pub const HTTP2_AS_BYTES: u16 = 8083;
 /// iperf3.
 pub const BULK: u16 = 5201;
 /// Every byte comes back.
@@ -28,9 +29,14 @@ pub const SMALL_ANSWER: usize = 100;
 /// Of `/large`.
 pub const LARGE_ANSWER: usize = 10_000_000;
 
+/// Every port of a server.
+const SERVED: [u16; 6] = [HTTP, HTTP_AS_BYTES, HTTP2, HTTP2_AS_BYTES, BULK, ECHO];
+
 /// The family of tasks, which is the name of their service too.
 pub const NEAR: &str = "near";
 pub const FAR: &str = "far";
+
+const IMAGE: &str = "benches/tools";
 
 /// The hosts and what runs on them.
 #[derive(Debug)]
@@ -76,11 +82,23 @@ impl Topology {
             ("/usr/sbin/nginx", "nginx"),
             (probe, "probe"),
         ];
-        let image = Image::build(cluster.dir(), "benches/tools", &programs)?;
+        let image = Image::build(cluster.dir(), IMAGE, &programs)?;
         cluster.import(&image)?;
         let meshed = Pair::up(&cluster, 0, image.name())?;
         let plain = Pair::up(&cluster, 2, image.name())?;
         Ok(Self { cluster, meshed, plain })
+    }
+
+    /// Starts tasks that do nothing on the first host until it has `count` in all.
+    ///
+    /// # Errors
+    /// One cannot be started.
+    pub fn crowd(&self, count: usize) -> Result<()> {
+        for number in 2..count {
+            let spec = TaskSpec::new(&format!("idle-{number}"), IMAGE, &["sleep", "2147483647"]);
+            self.cluster.hosts()[0].run_task(&spec)?;
+        }
+        Ok(())
     }
 
     /// Removes everything.
@@ -98,7 +116,7 @@ impl Pair {
         let start = |host: usize, family: &str, command: &[&str]| {
             let mut spec = TaskSpec::new(family, image, command).mode(Mode::Awsvpc);
             if family != "client" {
-                spec = [HTTP, HTTP_AS_BYTES, HTTP2, BULK, ECHO].into_iter().fold(spec, TaskSpec::port);
+                spec = SERVED.into_iter().fold(spec, TaskSpec::port);
             }
             hosts[host].run_task(&spec)
         };
@@ -117,7 +135,7 @@ impl Pair {
     /// Until each port of both servers accepts.
     fn await_servers(&self, cluster: &Cluster) -> Result<()> {
         for server in [&self.near, &self.far] {
-            for port in [HTTP, HTTP_AS_BYTES, HTTP2, BULK, ECHO] {
+            for port in SERVED {
                 let at = SocketAddrV4::new(server.address, port).to_string();
                 let wait = ["probe", "await", &at];
                 cluster.hosts()[self.first].run_in(&self.client, &wait).context("a server does not start")?;
@@ -210,7 +228,7 @@ http {{
         location = /marker {{ default_type text/plain; return 200 \"{MARKER_ANSWER}\"; }}
     }}
     server {{
-        listen {HTTP2} http2 backlog=4096;
+        listen {HTTP2} http2 backlog=4096; listen {HTTP2_AS_BYTES} http2 backlog=4096;
         location / {{ default_type application/grpc; return 200 \"{answer}\"; }}
     }}
 }}"

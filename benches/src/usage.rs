@@ -27,7 +27,9 @@ pub fn tree(root: u32) -> BTreeSet<u32> {
     while let Some(pid) = next.pop() {
         for thread in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
             let children = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
-            next.extend(children.split_whitespace().filter_map(|child| child.parse().ok()).filter(|c| found.insert(*c)));
+            next.extend(
+                children.split_whitespace().filter_map(|child| child.parse().ok()).filter(|c| found.insert(*c)),
+            );
         }
     }
     found
@@ -36,7 +38,8 @@ pub fn tree(root: u32) -> BTreeSet<u32> {
 /// CPU time that the processes have used so far, threads that have ended included.
 #[must_use]
 pub fn cpu(pids: &BTreeSet<u32>) -> Duration {
-    let ticks: u64 = pids.iter().filter_map(|pid| ticks_of(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)).sum();
+    let ticks: u64 =
+        pids.iter().filter_map(|pid| ticks_of(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)).sum();
     Duration::from_millis(ticks * 1000 / TICKS)
 }
 
@@ -62,12 +65,19 @@ fn pss_of(rollup: &str) -> Option<u64> {
 /// The most that any of the processes ever held, added up, in bytes; shared pages count for each.
 #[must_use]
 pub fn high_water(pids: &BTreeSet<u32>) -> u64 {
-    let of = |pid: &u32| -> Option<u64> {
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:").map(str::to_owned))?;
-        Some(line.split_whitespace().next()?.parse::<u64>().ok()? << 10)
-    };
-    pids.iter().filter_map(of).sum()
+    pids.iter().filter_map(|pid| status(*pid, "VmHWM:")).sum()
+}
+
+/// What the processes hold now, added up, in bytes; shared pages count for each.
+#[must_use]
+pub fn resident(pids: &BTreeSet<u32>) -> u64 {
+    pids.iter().filter_map(|pid| status(*pid, "VmRSS:")).sum()
+}
+
+fn status(pid: u32, key: &str) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+    Some(line.split_whitespace().next()?.parse::<u64>().ok()? << 10)
 }
 
 /// Watches the memory of processes until it is asked for the most that it saw.
@@ -154,7 +164,9 @@ pub fn cpus() -> usize {
 /// Time that all CPUs together were not idle since boot.
 fn busy() -> Result<Duration> {
     let stat = fs::read_to_string("/proc/stat").context("cannot read /proc/stat")?;
-    busy_of(&stat).map(|ticks| Duration::from_millis(ticks * 1000 / TICKS)).context("/proc/stat has no line for all CPUs")
+    busy_of(&stat)
+        .map(|ticks| Duration::from_millis(ticks * 1000 / TICKS))
+        .context("/proc/stat has no line for all CPUs")
 }
 
 /// user, nice, system, (idle, iowait,) irq, softirq, steal.
