@@ -54,7 +54,7 @@ impl Agents {
             running.push(launch(host)?);
         }
         for (host, process) in hosts.iter().zip(&running) {
-            await_ready(host, process)?;
+            await_ready(topology, host, process)?;
         }
         Ok(Self { running })
     }
@@ -75,7 +75,7 @@ impl Agents {
         self.stop()?;
         let host = &topology.cluster.hosts()[0];
         let process = launch(host)?;
-        await_ready(host, &process)?;
+        await_ready(topology, host, &process)?;
         let known = ask(host, "status")?["tasks"].as_array().map_or(0, Vec::len);
         ensure!(known == tasks, "the agent knows {known} tasks, not {tasks}");
         Ok(Self { running: vec![process] })
@@ -111,11 +111,17 @@ fn configuration() -> String {
     )
 }
 
-/// What one host is told: the ports of both services, and the endpoints that are not its own.
+/// The services that a host's agent has to know: the second host calls nobody.
+fn known(topology: &Topology, host: &Host) -> &'static [&'static str] {
+    if host.name() == topology.cluster.hosts()[0].name() { &[NEAR, FAR] } else { &[FAR] }
+}
+
+/// What one host is told: the ports of its services, and the endpoints that are not its own.
 fn services(topology: &Topology, host: &Host) -> Result<String> {
     let pair = &topology.meshed;
     let mut text = String::new();
-    for (name, seat) in [(NEAR, Seat::Near), (FAR, Seat::Far)] {
+    for &name in known(topology, host) {
+        let seat = if name == NEAR { Seat::Near } else { Seat::Far };
         writeln!(text, "[[service]]\nname = \"{name}\"\nports = [")?;
         for (port, protocol) in PORTS {
             writeln!(text, "  {{ port = {port}, protocol = \"{protocol}\" }},")?;
@@ -133,7 +139,7 @@ fn services(topology: &Topology, host: &Host) -> Result<String> {
 }
 
 /// Until the agent is ready, every task is armed, and each service port has its endpoint.
-fn await_ready(host: &Host, process: &Process) -> Result<()> {
+fn await_ready(topology: &Topology, host: &Host, process: &Process) -> Result<()> {
     let deadline = Instant::now() + LIMIT;
     loop {
         let ready = ask(host, "status").is_ok_and(|status| {
@@ -141,7 +147,7 @@ fn await_ready(host: &Host, process: &Process) -> Result<()> {
             status["ready"] == true && tasks.is_some_and(|all| all.iter().all(|task| task["armed"] == true))
         });
         let services = ask(host, "services").unwrap_or_default();
-        if ready && [NEAR, FAR].iter().all(|name| endpoints(&services, name) == PORTS.len()) {
+        if ready && known(topology, host).iter().all(|name| endpoints(&services, name) == PORTS.len()) {
             return Ok(());
         }
         if Instant::now() > deadline {

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use mesh_lab::Cluster;
 use serde_json::Value;
 
-use crate::topology::Pair;
+use crate::topology::{Pair, Seat};
 
 /// Connections of the HTTP work; the one with large answers has four.
 const CONNECTIONS: &str = "64";
@@ -96,12 +96,18 @@ impl Work {
         !matches!(self, Self::Paced | Self::Trips | Self::Connect)
     }
 
-    /// Does it for `seconds` from the client of a pair.
+    /// Does it for `seconds` from a client of a pair.
     ///
     /// # Errors
     /// A request failed, or the generator said nothing that can be read: then there is no figure at all.
-    pub fn run(self, cluster: &Cluster, pair: &Pair, target: &Target, seconds: u32) -> Result<Sample> {
-        let ask = |argv: &[&str]| pair.ask(cluster, argv);
+    pub fn run(
+        self,
+        cluster: &Cluster,
+        (pair, client): (&Pair, Seat),
+        target: &Target,
+        seconds: u32,
+    ) -> Result<Sample> {
+        let ask = |argv: &[&str]| pair.ask(cluster, client, argv);
         let time = seconds.to_string();
         let said = match self {
             Self::Http => ask(&["wrk", "-t2", "-c", CONNECTIONS, "-d", &time, &format!("http://{}/", target.http)]),
@@ -130,7 +136,7 @@ impl Work {
                 ask(&["iperf3", "-J", "-P2", "-t", &time, "-c", host, "-p", &port.to_string()])
             }
             Self::Trips => ask(&["probe", "trips", echo(target)?, &time]),
-            Self::Connect => ask(&["probe", "connect", echo(target)?, &(1000 * seconds).to_string()]),
+            Self::Connect => ask(&["probe", "connect", &target.http, &(2000 * seconds).to_string()]),
         };
         let said = said.with_context(|| format!("{} did not run", self.name()))?;
         let sample = match self {

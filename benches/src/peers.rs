@@ -182,7 +182,7 @@ impl Running {
             for at in
                 [format!("127.0.0.1:{}", self.first_port + lane), format!("{far}:{}", self.first_port + 1000 + lane)]
             {
-                if let Err(error) = topology.plain.ask(&topology.cluster, &["probe", "await", &at]) {
+                if let Err(error) = topology.plain.ask(&topology.cluster, Seat::Client, &["probe", "await", &at]) {
                     let words = [self.caller.last_words(), self.called.last_words()].join("\n--\n");
                     bail!("{} does not listen on {at}: {error:#}\n{words}", self.peer.name);
                 }

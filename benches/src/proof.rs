@@ -35,7 +35,7 @@ pub fn wire(topology: &Topology, subject: &Subject, hidden: bool) -> Result<Vec<
     let url = format!("http://{}/marker", subject.target.http);
     let header = format!("X-Marker: {MARKER_QUESTION}");
     for _ in 0..REQUESTS {
-        let answer = pair.ask(&topology.cluster, &["curl", "-sS", "-m", "10", "-H", &header, &url])?;
+        let answer = pair.ask(&topology.cluster, subject.client, &["curl", "-sS", "-m", "10", "-H", &header, &url])?;
         ensure!(answer == MARKER_ANSWER, "{url} answered {answer:?}");
     }
     let wire = capture.stop()?;
@@ -85,7 +85,8 @@ pub fn certificates(
     let pair = peer.start(topology, programs, index, trusted, &impostor)?;
     let url = format!("http://{}/marker", pair.target().http);
     let pod = &topology.plain;
-    let answer = pod.host(&topology.cluster, Seat::Client).exec_in(&pod.client, &["curl", "-sS", "-m", "5", &url])?;
+    let answer =
+        pod.host(&topology.cluster, Seat::Client).exec_in(pod.task(Seat::Client), &["curl", "-sS", "-m", "5", &url])?;
     ensure!(!answer.stdout.contains(MARKER_ANSWER), "{name} talks to a server of another CA: {answer:?}");
     Ok(vec![
         "the called side refuses a client certificate of another CA, and none".to_owned(),

@@ -145,8 +145,7 @@ impl Report<'_> {
 
     /// Of no mesh over the same way: by rate in a race, else by median time.
     fn share(&self, work: Work, subject: &Subject) -> Option<f64> {
-        let near = [subject::DIRECT_NEAR, subject::OURS_NEAR_L4, subject::OURS_NEAR_L7].contains(&subject.name);
-        let base = if near { subject::DIRECT_NEAR } else { subject::DIRECT };
+        let base = if subject::is_near(subject.name) { subject::DIRECT_NEAR } else { subject::DIRECT };
         let metric = if work.is_a_race() { Metric::Rate } else { Metric::P50 };
         self.table.ratio(work, subject.name, base, metric)
     }

@@ -153,7 +153,7 @@ fn cell(topology: &Topology, subject: &Subject, work: Work, seconds: u32) -> Res
     let cgroup = topology.cluster.hosts()[0].cgroup().parent().context("a host's cgroup is in the cluster's")?;
     let strangers = Strangers::watch(cgroup)?;
     let before = usage::cpu(&subject.pids);
-    let sample = work.run(&topology.cluster, pair, &subject.target, seconds)?;
+    let sample = work.run(&topology.cluster, (pair, subject.client), &subject.target, seconds)?;
     let used = usage::cpu(&subject.pids).saturating_sub(before).as_secs_f64() * 1e6;
     Ok(Cell {
         sample,

@@ -42,6 +42,7 @@ pub struct Subject {
     pub kind: Kind,
     /// Whether its client is the one on the hosts with agents.
     pub meshed: bool,
+    pub client: Seat,
     pub target: Target,
     pub works: &'static [Work],
     /// The processes that carry the work between client and server.
@@ -65,6 +66,7 @@ pub fn all(topology: &Topology, agents: &Agents, peers: &[Running]) -> Result<Ve
             name: peer.peer.name,
             kind: Kind::Peer(peer.peer.layer),
             meshed: false,
+            client: Seat::Client,
             target: peer.target(),
             works: if peer.peer.layer == Layer::L4 { &BYTES_ACROSS } else { &REQUESTS },
             pids: peer.pids()?,
@@ -78,11 +80,21 @@ pub fn all(topology: &Topology, agents: &Agents, peers: &[Running]) -> Result<Ve
 
 fn no_mesh(name: &'static str, host: &str, works: &'static [Work]) -> Subject {
     let target = target(host, HTTP, HTTP2);
-    Subject { name, kind: Kind::NoMesh, meshed: false, target, works, pids: BTreeSet::new() }
+    Subject { name, kind: Kind::NoMesh, meshed: false, client: client(name), target, works, pids: BTreeSet::new() }
 }
 
 fn ours(name: &'static str, target: Target, works: &'static [Work], agents: &Agents) -> Result<Subject> {
-    Ok(Subject { name, kind: Kind::Ours, meshed: true, target, works, pids: agents.pids()? })
+    Ok(Subject { name, kind: Kind::Ours, meshed: true, client: client(name), target, works, pids: agents.pids()? })
+}
+
+/// Whether client and server are on one host.
+#[must_use]
+pub fn is_near(name: &str) -> bool {
+    [DIRECT_NEAR, OURS_NEAR_L4, OURS_NEAR_L7].contains(&name)
+}
+
+fn client(name: &str) -> Seat {
+    if is_near(name) { Seat::Neighbour } else { Seat::Client }
 }
 
 fn target(host: &str, http: u16, http2: u16) -> Target {

@@ -1,11 +1,12 @@
 //! Four hosts on one network: two with agents and two without, each pair with the same tasks.
 //!
 //! Agents and their kernel programs never see a packet of the pair without them, so both can be measured in turn on
-//! the same wire. Every task has an interface of its own on that wire (awsvpc mode), so the way from client to server
-//! without a mesh is one hop, and a proxy beside a task is reached over loopback. It must not know any proxy.
+//! the same wire. Across hosts, tasks have an interface of their own on that wire (awsvpc mode), so the way from client
+//! to server without a mesh is one hop, and a proxy beside a task is reached over loopback. On one host they are behind
+//! its bridge, because there the mesh may connect them directly. It must not know any proxy.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
+    net::{Ipv4Addr, SocketAddrV4},
     path::Path,
 };
 
@@ -48,20 +49,26 @@ pub struct Topology {
     pub plain: Pair,
 }
 
-/// Two hosts: a client and a server on the first, a server on the second.
+/// Two hosts: two clients and a server on the first, a server on the second.
 #[derive(Debug)]
 pub struct Pair {
     /// Where in the cluster the first of them is.
     first: usize,
-    pub client: Task,
-    pub near: Task,
-    pub far: Task,
+    client: Task,
+    neighbour: Task,
+    near: Task,
+    /// Of the near server on its host's bridge.
+    near_address: Ipv4Addr,
+    far: Task,
 }
 
 /// Which task of a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seat {
+    /// Calls the far server.
     Client,
+    /// Calls the near server.
+    Neighbour,
     Near,
     Far,
 }
@@ -78,6 +85,7 @@ impl Topology {
             ("/usr/bin/curl", "curl"),
             ("/usr/bin/h2load", "h2load"),
             ("/usr/bin/iperf3", "iperf3"),
+            ("/usr/sbin/nghttpd", "nghttpd"),
             ("/usr/bin/wrk", "wrk"),
             ("/usr/sbin/nginx", "nginx"),
             (probe, "probe"),
@@ -94,7 +102,8 @@ impl Topology {
     /// # Errors
     /// One cannot be started.
     pub fn crowd(&self, count: usize) -> Result<()> {
-        for number in 2..count {
+        // Client, neighbour and near server are there already.
+        for number in 3..count {
             let spec = TaskSpec::new(&format!("idle-{number}"), IMAGE, &["sleep", "2147483647"]);
             self.cluster.hosts()[0].run_task(&spec)?;
         }
@@ -113,20 +122,25 @@ impl Topology {
 impl Pair {
     fn up(cluster: &Cluster, first: usize, image: &str) -> Result<Self> {
         let hosts = cluster.hosts();
-        let start = |host: usize, family: &str, command: &[&str]| {
-            let mut spec = TaskSpec::new(family, image, command).mode(Mode::Awsvpc);
-            if family != "client" {
+        let start = |host: usize, family: &str, mode: Mode, command: &[&str]| {
+            let mut spec = TaskSpec::new(family, image, command).mode(mode);
+            if [NEAR, FAR].contains(&family) {
                 spec = SERVED.into_iter().fold(spec, TaskSpec::port);
             }
             hosts[host].run_task(&spec)
         };
         let configuration = server_configuration();
         let serve = ["sh", "-c", SERVER, &configuration];
+        let idle = ["sleep", "2147483647"];
+        let near = start(first, NEAR, Mode::Bridge, &serve)?;
+        let said = hosts[first].run_in(&near, &["ip", "-4", "-o", "addr", "show", "dev", "eth0"])?;
         let pair = Self {
             first,
-            client: start(first, "client", &["sleep", "2147483647"])?,
-            near: start(first, NEAR, &serve)?,
-            far: start(first + 1, FAR, &serve)?,
+            client: start(first, "client", Mode::Awsvpc, &idle)?,
+            neighbour: start(first, "neighbour", Mode::Bridge, &idle)?,
+            near,
+            near_address: address_in(&said).with_context(|| format!("no address in {said:?}"))?,
+            far: start(first + 1, FAR, Mode::Awsvpc, &serve)?,
         };
         pair.await_servers(cluster)?;
         Ok(pair)
@@ -134,11 +148,10 @@ impl Pair {
 
     /// Until each port of both servers accepts.
     fn await_servers(&self, cluster: &Cluster) -> Result<()> {
-        for server in [&self.near, &self.far] {
+        for (client, server) in [(Seat::Neighbour, Seat::Near), (Seat::Client, Seat::Far)] {
             for port in SERVED {
-                let at = SocketAddrV4::new(server.address, port).to_string();
-                let wait = ["probe", "await", &at];
-                cluster.hosts()[self.first].run_in(&self.client, &wait).context("a server does not start")?;
+                let at = SocketAddrV4::new(self.address(server), port).to_string();
+                self.ask(cluster, client, &["probe", "await", &at]).context("a server does not start")?;
             }
         }
         Ok(())
@@ -148,6 +161,7 @@ impl Pair {
     pub fn task(&self, seat: Seat) -> &Task {
         match seat {
             Seat::Client => &self.client,
+            Seat::Neighbour => &self.neighbour,
             Seat::Near => &self.near,
             Seat::Far => &self.far,
         }
@@ -156,22 +170,23 @@ impl Pair {
     #[must_use]
     pub fn host<'a>(&self, cluster: &'a Cluster, seat: Seat) -> &'a Host {
         match seat {
-            Seat::Client | Seat::Near => &cluster.hosts()[self.first],
+            Seat::Client | Seat::Neighbour | Seat::Near => &cluster.hosts()[self.first],
             Seat::Far => &cluster.hosts()[self.first + 1],
         }
     }
 
+    /// Where a server is reached without any mesh by its client.
     #[must_use]
-    pub fn address(&self, seat: Seat) -> Ipv4Addr {
-        self.task(seat).address
+    pub fn address(&self, server: Seat) -> Ipv4Addr {
+        if server == Seat::Near { self.near_address } else { self.task(server).address }
     }
 
-    /// Runs a command in the client's container; it must succeed. Returns its standard output.
+    /// Runs a command in a client's container; it must succeed. Returns its standard output.
     ///
     /// # Errors
     /// It failed.
-    pub fn ask(&self, cluster: &Cluster, argv: &[&str]) -> Result<String> {
-        self.host(cluster, Seat::Client).run_in(&self.client, argv)
+    pub fn ask(&self, cluster: &Cluster, client: Seat, argv: &[&str]) -> Result<String> {
+        self.host(cluster, client).run_in(self.task(client), argv)
     }
 
     /// Starts a program of the machine beside a task, in its network: as a sidecar.
@@ -195,15 +210,18 @@ impl Pair {
     }
 }
 
-/// Where a server's port is reached without any mesh.
-#[must_use]
-pub fn at(address: Ipv4Addr, port: u16) -> SocketAddr {
-    SocketAddr::from((address, port))
+/// In a line of `ip -o addr`.
+fn address_in(line: &str) -> Option<Ipv4Addr> {
+    line.split_whitespace().find_map(|word| word.split_once('/')?.0.parse().ok())
 }
 
-/// `$0` is nginx's configuration.
+/// `$0` is nginx's configuration. HTTP/2 is nghttpd's: it answers a call when it has all of it, as gRPC servers do; nginx's
+/// own early answer is followed by a reset of the stream, which nginx as a proxy takes for a fault.
 const SERVER: &str = "printf '%s\\n' \"$0\" >/tmp/nginx.conf
-mkdir -p /tmp/www && head -c 10000000 /dev/zero | tr '\\0' x >/tmp/www/large
+mkdir -p /tmp/www/bench.Hello && head -c 10000000 /dev/zero | tr '\\0' x >/tmp/www/large
+head -c 100 /tmp/www/large >/tmp/www/bench.Hello/Say
+nghttpd --no-tls -n 2 -d /tmp/www 8082 >/dev/null 2>&1 &
+nghttpd --no-tls -n 2 -d /tmp/www 8083 >/dev/null 2>&1 &
 iperf3 -s -p 5201 >/dev/null 2>&1 &
 probe echo 9000 &
 exec nginx -e stderr -c /tmp/nginx.conf";
@@ -227,10 +245,6 @@ http {{
         location = /large {{ default_type application/octet-stream; }}
         location = /marker {{ default_type text/plain; return 200 \"{MARKER_ANSWER}\"; }}
     }}
-    server {{
-        listen {HTTP2} http2 backlog=4096; listen {HTTP2_AS_BYTES} http2 backlog=4096;
-        location / {{ default_type application/grpc; return 200 \"{answer}\"; }}
-    }}
 }}"
     )
 }
@@ -238,3 +252,15 @@ http {{
 /// Texts that are looked for on the wire: one that the client sends, one that the server answers.
 pub const MARKER_QUESTION: &str = "marker-question-7c1f9e52";
 pub const MARKER_ANSWER: &str = "marker-answer-b83d60a4";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_found_in_what_ip_says() {
+        let said = "7: eth0    inet 172.17.0.4/16 scope global eth0\n";
+        assert_eq!(address_in(said), Some(Ipv4Addr::new(172, 17, 0, 4)));
+        assert_eq!(address_in("7: eth0"), None);
+    }
+}
