@@ -122,7 +122,9 @@ fn run(args: &Args) -> Result<Vec<String>> {
     if table.failures() > 0 {
         faults.push(format!("{} measurements are broken; they are marked above", table.failures()));
     }
-    let pair_peak = Some(usage::high_water(&agents.pids()?) as f64);
+    let pids = agents.pids()?;
+    let pair_peak = Some(usage::high_water(&pids) as f64);
+    println!("FIGURE memory.pair_anonymous_after_load {:.1} MB", usage::anonymous(&pids) as f64 / 1e6);
     let versions = versions(&topology, &programs);
     drop(running);
     let idle = weigh_idle(&topology, agents).inspect_err(|error| faults.push(format!("idle agent: {error:#}"))).ok();
@@ -223,6 +225,7 @@ fn weigh_idle(topology: &Topology, agents: Agents) -> Result<f64> {
         last = now;
     }
     let idle = usage::resident(&pids) as f64;
+    println!("FIGURE memory.idle_anonymous {:.1} MB", usage::anonymous(&pids) as f64 / 1e6);
     agents.stop()?;
     Ok(idle)
 }
@@ -236,27 +239,28 @@ fn figures(table: &Table, subjects: &[Subject], verdicts: &[Verdict]) {
                     println!("FIGURE {}.{}.{what} {:.2} {unit}", work.name(), subject.name, value * scale);
                 }
             };
-            match work {
-                Work::Bulk => figure("rate", Metric::Rate, 8.0 / 1e9, "Gbit/s"),
-                _ if work.is_a_race() => figure("rate", Metric::Rate, 1.0, "1/s"),
-                _ => {}
+            if work.is_a_race() {
+                let (scale, unit) = work.rate(1.0);
+                figure("rate", Metric::Rate, scale, unit);
             }
             figure("p50", Metric::P50, 1.0, "us");
             figure("p99", Metric::P99, 1.0, "us");
             if subject.kind != Kind::NoMesh {
-                match work {
-                    Work::Bulk => figure("cpu", Metric::Cpu, 1e6, "ms/GB"),
-                    _ => figure("cpu", Metric::Cpu, 1.0, "us/op"),
-                }
+                let (scale, unit) = work.cost(1.0);
+                figure("cpu", Metric::Cpu, scale, unit);
                 figure("memory", Metric::Memory, 1e-6, "MB");
             }
         }
     }
     for verdict in verdicts {
         if let Some(value) = verdict.value {
-            let name = verdict.name;
-            println!("FIGURE goal.{name} {value:.3} {} ({}, {})", verdict.unit, verdict.bound, verdict.word());
+            println!("FIGURE goal.{} {value:.3} {}", verdict.name, verdict.unit);
         }
+    }
+    println!();
+    for verdict in verdicts {
+        let value = verdict.value.map_or("–".to_owned(), |value| format!("{value:.3}"));
+        println!("{:<12} {value:>8} {} {}: {}", verdict.word(), verdict.bound, verdict.unit, verdict.promise);
     }
 }
 

@@ -13,6 +13,9 @@ const CONNECTIONS: &str = "64";
 /// Requests per second of the open loop.
 pub const PACE: u32 = 2000;
 
+/// Connections of one turn of `connect`.
+const CONNECTS: u32 = 1000;
+
 /// A kind of work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Work {
@@ -90,6 +93,18 @@ impl Work {
         }
     }
 
+    /// A rate in the unit that people use for it.
+    #[must_use]
+    pub fn rate(self, rate: f64) -> (f64, &'static str) {
+        if self == Self::Bulk { (rate * 8.0 / 1e9, "Gbit/s") } else { (rate, "1/s") }
+    }
+
+    /// CPU microseconds for one operation in the unit that people use for it.
+    #[must_use]
+    pub fn cost(self, micros: f64) -> (f64, &'static str) {
+        if self == Self::Bulk { (micros * 1e6, "ms/GB") } else { (micros, "us/op") }
+    }
+
     /// Whether the rate says anything: an open loop has the rate that it was given.
     #[must_use]
     pub fn is_a_race(self) -> bool {
@@ -135,13 +150,14 @@ impl Work {
                 let (host, port) = target.bulk.as_ref().context("this subject carries no bytes but HTTP")?;
                 ask(&["iperf3", "-J", "-P2", "-t", &time, "-c", host, "-p", &port.to_string()])
             }
-            Self::Trips => ask(&["probe", "trips", echo(target)?, &time]),
-            Self::Connect => ask(&["probe", "connect", &target.http, &(2000 * seconds).to_string()]),
+            Self::Trips => ask(&["probe", "trips", echo(target)?, "1"]),
+            Self::Connect => ask(&["probe", "connect", &target.http, &CONNECTS.to_string()]),
         };
         let said = said.with_context(|| format!("{} did not run", self.name()))?;
         let sample = match self {
             Self::Http | Self::Large | Self::Fresh => wrk(&said),
-            Self::Paced | Self::Trips | Self::Connect => probe(&said, seconds),
+            Self::Paced => probe(&said, seconds),
+            Self::Trips | Self::Connect => probe(&said, 1),
             Self::Grpc => h2load(&said),
             Self::Bulk => iperf(&said),
         };

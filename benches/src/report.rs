@@ -121,8 +121,7 @@ impl Report<'_> {
             let of = |metric| self.table.median(work, subject.name, metric);
             let number =
                 |value: Option<f64>, digits: usize| value.map_or("–".to_owned(), |v| format!("{v:.digits$}"));
-            let bulk = work == Work::Bulk;
-            let rate = of(Metric::Rate).map(|rate| if bulk { rate * 8.0 / 1e9 } else { rate });
+            let rate = of(Metric::Rate).map(|rate| work.rate(rate).0);
             let spread = if work.is_a_race() { Metric::Rate } else { Metric::P50 };
             let spread = self.table.spread(work, subject.name, spread).map(|spread| spread * 100.0);
             let proxied = subject.kind != Kind::NoMesh;
@@ -130,9 +129,9 @@ impl Report<'_> {
                 text,
                 "| {} | {} | {} | {} | {} | {} | {} | {} % | {} % |",
                 bold(subject),
-                number(rate, if bulk { 1 } else { 0 }),
+                number(rate, usize::from(work == Work::Bulk)),
                 number(self.share(work, subject), 3),
-                number(of(Metric::Cpu).filter(|_| proxied).map(|cpu| if bulk { cpu * 1e6 } else { cpu }), 1),
+                number(of(Metric::Cpu).filter(|_| proxied).map(|cpu| work.cost(cpu).0), 1),
                 number(of(Metric::P50), 1),
                 number(of(Metric::P99), 1),
                 number(of(Metric::Memory).filter(|_| proxied).map(|bytes| bytes / f64::from(1 << 20)), 1),
@@ -171,10 +170,11 @@ impl Report<'_> {
                     Kind::Peer(Layer::L7) => Colour::L7,
                 };
                 let rate = self.table.median(work, subject.name, Metric::Rate)?;
-                let note = match work {
-                    Work::Bulk => format!("{share:.2}  {:.1} Gbit/s", rate * 8.0 / 1e9),
-                    Work::Large => format!("{share:.2}  {rate:.0} answers/s"),
-                    _ => format!("{share:.2}  {:.1} k/s", rate / 1000.0),
+                let (rate, unit) = work.rate(rate);
+                let note = if rate < 1000.0 {
+                    format!("{share:.2}  {rate:.1} {unit}")
+                } else {
+                    format!("{share:.2}  {:.1} k/s", rate / 1000.0)
                 };
                 Some(Bar { label: subject.name.to_owned(), share, colour, note })
             });
@@ -199,16 +199,13 @@ fn elsewhere(text: &mut String) -> std::fmt::Result {
     )?;
     writeln!(text, "| | work | rate | of its own direct |\n|---|---|---:|---:|")?;
     for each in reference::RATES {
-        let scale = |rate: f64| match each.work {
-            Work::Bulk => format!("{:.1}", rate * 8.0 / 1e9),
-            _ => format!("{rate:.0}"),
-        };
+        let scale = |rate: f64| format!("{:.*}", usize::from(each.work == Work::Bulk), each.work.rate(rate).0);
         let range = if each.rate.0 < each.rate.1 {
             format!("{}–{}", scale(each.rate.0), scale(each.rate.1))
         } else {
             scale(each.rate.0)
         };
-        let unit = if each.work == Work::Bulk { "Gbit/s" } else { "/s" };
+        let unit = each.work.rate(0.0).1;
         let share = reference::of_direct(each.name, each.work).map_or("–".to_owned(), |share| format!("{share:.2}"));
         writeln!(text, "| {} | {} | {range} {unit} | {share} |", each.name, each.work.name())?;
     }

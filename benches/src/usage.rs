@@ -74,6 +74,12 @@ pub fn resident(pids: &BTreeSet<u32>) -> u64 {
     pids.iter().filter_map(|pid| status(*pid, "VmRSS:")).sum()
 }
 
+/// What of it is backed by no file, in bytes: the rest is mostly the program itself.
+#[must_use]
+pub fn anonymous(pids: &BTreeSet<u32>) -> u64 {
+    pids.iter().filter_map(|pid| status(*pid, "RssAnon:")).sum()
+}
+
 fn status(pid: u32, key: &str) -> Option<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix(key))?;

@@ -58,7 +58,7 @@ fn l4(half: &Half<'_>, _programs: &Programs) -> Launch {
             inward(half)
         };
         let listen = listen(half, lane);
-        write!(servers, "    server {{ listen {listen}; proxy_pass {}; {tls} }}\n", lane.to).ok();
+        writeln!(servers, "    server {{ listen {listen}; proxy_pass {}; {tls} }}", lane.to).ok();
     }
     launch(half, "load_module /usr/lib/nginx/modules/ngx_stream_module.so;\n", &format!("stream {{\n{servers}}}\n"))
 }
