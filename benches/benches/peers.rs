@@ -243,6 +243,9 @@ fn figures(table: &Table, subjects: &[Subject], verdicts: &[Verdict]) {
                 let (scale, unit) = work.rate(1.0);
                 figure("rate", Metric::Rate, scale, unit);
             }
+            if work == Work::Connect {
+                figure("p10", Metric::P10, 1.0, "us");
+            }
             figure("p50", Metric::P50, 1.0, "us");
             figure("p99", Metric::P99, 1.0, "us");
             if subject.kind != Kind::NoMesh {

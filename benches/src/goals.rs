@@ -112,7 +112,7 @@ pub fn judge(table: &Table, l7: &[&str], l4: &[&str], memory: Memory) -> Vec<Ver
         ),
         most(
             "near_tcp_connect",
-            "one host, L4: connect() slower than without a mesh by".into(),
+            "one host, L4: connect() slower than without a mesh by (p10)".into(),
             connect(table),
             2.0,
             "us",
@@ -217,9 +217,11 @@ fn near_cpu(table: &Table) -> Option<f64> {
     worst.max_by(f64::total_cmp).map(|micros| micros / 1000.0)
 }
 
+/// By the fastest tenth: what a call always costs shows where nothing else came between, and only there on a machine
+/// that does other things too.
 fn connect(table: &Table) -> Option<f64> {
-    let ours = table.series(Work::Connect, OURS_NEAR_L4, Metric::P50);
-    let without = table.series(Work::Connect, DIRECT_NEAR, Metric::P50);
+    let ours = table.series(Work::Connect, OURS_NEAR_L4, Metric::P10);
+    let without = table.series(Work::Connect, DIRECT_NEAR, Metric::P10);
     let rounds = ours.iter().zip(&without).filter_map(|(ours, without)| Some((*ours)? - (*without)?));
     median(&rounds.collect::<Vec<_>>())
 }

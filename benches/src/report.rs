@@ -111,11 +111,12 @@ impl Report<'_> {
         writeln!(text, "## {}\n", work.title())?;
         let (rate, cpu) = match work {
             Work::Bulk => ("Gbit/s", "CPU ms/GB"),
-            Work::Large => ("answers/s", "CPU µs/answer"),
+            Work::Large => ("answers/s", "CPU µs each"),
             Work::Fresh | Work::Http | Work::Paced | Work::Grpc => ("req/s", "CPU µs/req"),
             Work::Trips | Work::Connect => ("1/s", "CPU µs each"),
         };
-        writeln!(text, "| | {rate} | of no mesh | {cpu} | p50 µs | p99 µs | PSS MiB | spread | others |")?;
+        let share = if work.is_a_race() { "of no mesh" } else { "p50, of no mesh" };
+        writeln!(text, "| | {rate} | {share} | {cpu} | p50 µs | p99 µs | PSS MiB | spread | others |")?;
         writeln!(text, "|---|---:|---:|---:|---:|---:|---:|---:|---:|")?;
         for subject in shown {
             let of = |metric| self.table.median(work, subject.name, metric);

@@ -25,7 +25,7 @@ pub const OURS_NEAR_L4: &str = "ecs-mesh-near-tcp";
 
 const BYTES_ACROSS: [Work; 6] = [Work::Http, Work::Paced, Work::Large, Work::Fresh, Work::Grpc, Work::Bulk];
 const REQUESTS: [Work; 5] = [Work::Http, Work::Paced, Work::Large, Work::Fresh, Work::Grpc];
-const BYTES_NEAR: [Work; 6] = [Work::Http, Work::Paced, Work::Fresh, Work::Bulk, Work::Trips, Work::Connect];
+const BYTES_NEAR: [Work; 8] = Work::ALL;
 
 /// Whose it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
