@@ -173,9 +173,9 @@ impl Report<'_> {
                 let rate = self.table.median(work, subject.name, Metric::Rate)?;
                 let (rate, unit) = work.rate(rate);
                 let note = if rate < 1000.0 {
-                    format!("{share:.2}  {rate:.1} {unit}")
+                    format!("{share:.2} · {rate:.1} {unit}")
                 } else {
-                    format!("{share:.2}  {:.1} k/s", rate / 1000.0)
+                    format!("{share:.2} · {:.1} k/s", rate / 1000.0)
                 };
                 Some(Bar { label: subject.name.to_owned(), share, colour, note })
             });
