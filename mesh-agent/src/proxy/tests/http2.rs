@@ -412,7 +412,11 @@ async fn a_reader_that_stops_stops_its_writer_and_nobody_else() {
     })
     .await;
     let agent = Agent::new(Protocol::Grpc, &[addr]);
-    let mut caller = Caller::of(&agent).await;
+    let mut builder = h2::client::Builder::new();
+    // Else the flood would take the room of the others in the client itself.
+    builder.initial_connection_window_size(1 << 20);
+    let (sender, connection) = builder.handshake(agent.connect().await).await.unwrap();
+    let mut caller = Caller { sender, connection: tokio::spawn(connection) };
     let (response, _to) = caller.begin(call("/flood"), false);
     let body = soon(response).await.unwrap().into_body();
     // Other calls use the same connections meanwhile, long enough for the writer to have come to a stop.
@@ -549,7 +553,9 @@ async fn a_server_of_http_1_is_told_from_a_dead_one() {
     let addr = server(|mut stream| async move {
         until(&mut stream, "\r\n\r\n").await;
         let answer = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n";
-        stream.write_all(answer).await.unwrap_or_default();
+        stream.write_all(answer).await.unwrap();
+        stream.shutdown().await.unwrap();
+        rest(&mut stream).await;
     })
     .await;
     let mut agent = Agent::new(Protocol::Http, &[addr]);

@@ -148,10 +148,16 @@ async fn send(
     let mut pending = Pending::First(body);
     // What a server did not process says nothing bad about it once: it is going, or its limits were not known yet.
     let mut again = false;
+    let mut refused = false;
     // A connection that nobody has used is wanted.
     let mut fresh = false;
     loop {
-        let plan = attempts.plan(route, access).map_err(Failed::Refused)?;
+        let plan = match attempts.plan(route, access) {
+            Ok(plan) => plan,
+            // As the last server said: the client may do what we could not.
+            Err(_nobody_left) if refused => return Err(Failed::Reset(Reason::REFUSED_STREAM)),
+            Err(refusal) => return Err(Failed::Refused(refusal)),
+        };
         let endpoint = plan.endpoint.clone();
         let leased = tokio::select! {
             biased;
@@ -217,9 +223,10 @@ async fn send(
             return Err(failure(&error, &in_flight, proxy.now()));
         };
         pending = Pending::Again(upload, sent);
+        refused = unprocessed;
         if again {
             in_flight.failed(proxy.now(), draw());
-            let told = |_refusal| Failed::Reset(Reason::REFUSED_STREAM);
+            let told = |refusal| if refused { Failed::Reset(Reason::REFUSED_STREAM) } else { Failed::Refused(refusal) };
             attempts.failed(route, &endpoint.id, Refusal::UpstreamReset).map_err(told)?;
         } else {
             again = true;

@@ -6,16 +6,19 @@
 
 use std::{
     collections::HashMap,
+    future::{Future as _, poll_fn},
+    pin::Pin,
     sync::{
         Arc, LazyLock, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
+    task::Poll,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use h2::{
-    SendStream,
+    Reason, SendStream,
     client::{ResponseFuture, SendRequest},
 };
 use http::Request;
@@ -25,17 +28,22 @@ use mesh_core::{
     model::EndpointId,
     plan::{Delivery, Plan},
 };
+use tokio::time::timeout;
 
 use super::{CONNECTION_WINDOW, FAULTS_FORGIVEN, HEADER_LIST, RESETS_REMEMBERED, SEND_BUFFER, STREAM_WINDOW, STREAMS};
 use crate::proxy::{
     draw,
     http::parting::Parting,
+    loads::InFlight,
     route::{Route, Upstream},
     wire,
 };
 
 /// A connection without a request is closed after this. A server that closes it earlier says so, and no request is lost.
 const IDLE: Duration = Duration::from_secs(30);
+
+/// Streams that h2 lets us open before the server has said how many it takes.
+const NOT_GREETED: usize = 0;
 
 /// Which of the connections to an endpoint a client uses.
 pub(super) type Lane = usize;
@@ -204,16 +212,10 @@ async fn open(route: &Route, plan: Plan, group: &Group, fresh: bool) -> Result<L
         return Err(refusal);
     }
     let connected = match route.connect(plan).await {
-        Ok(upstream) => match handshake(upstream).await {
-            Ok((shared, in_flight)) => {
-                drop(in_flight);
-                Ok(shared)
-            }
-            Err(Ended(in_flight)) => {
-                in_flight.failed(route.proxy.now(), draw());
-                Err(Refusal::UpstreamReset)
-            }
-        },
+        Ok(upstream) => handshake(upstream, route.proxy.connect_timeout).await.map_err(|(refusal, in_flight)| {
+            in_flight.failed(route.proxy.now(), draw());
+            refusal
+        }),
         Err(refusal) => Err(refusal),
     };
     group.attempts.fetch_add(1, Ordering::Relaxed);
@@ -225,16 +227,28 @@ async fn open(route: &Route, plan: Plan, group: &Group, fresh: bool) -> Result<L
     Ok(Lease::new(&shared, false))
 }
 
-/// The connection ended at once.
-struct Ended(crate::proxy::loads::InFlight);
-
-/// Begins HTTP/2 on a connected upstream.
-async fn handshake(upstream: Upstream) -> Result<(Arc<Shared>, crate::proxy::loads::InFlight), Ended> {
+/// Begins HTTP/2 on a connected upstream, and waits until the server has greeted: only then is it known how many streams
+/// it takes, and that it speaks HTTP/2 at all. Nothing was sent yet that could be lost.
+async fn handshake(upstream: Upstream, within: Duration) -> Result<Arc<Shared>, (Refusal, InFlight)> {
     let Upstream { wire, plan, in_flight } = upstream;
     let gone = wire.gone.clone();
-    let Ok((sender, connection)) = settings().handshake::<_, Bytes>(Parting::new(wire)).await else {
-        return Err(Ended(in_flight));
+    let (sender, mut connection) = match settings().handshake::<_, Bytes>(Parting::new(wire)).await {
+        Ok(begun) => begun,
+        Err(error) => return Err((judge(&error), in_flight)),
     };
+    let greeted = poll_fn(|cx| match Pin::new(&mut connection).poll(cx) {
+        Poll::Ready(ended) => Poll::Ready(ended.and(Err(Reason::NO_ERROR.into()))),
+        Poll::Pending if connection.max_concurrent_send_streams() != NOT_GREETED => Poll::Ready(Ok(())),
+        Poll::Pending => Poll::Pending,
+    });
+    match timeout(within, greeted).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            tracing::debug!(dst.endpoint = %plan.endpoint.id.0, %error, "no HTTP/2 with an endpoint");
+            return Err((judge(&error), in_flight));
+        }
+        Err(_elapsed) => return Err((Refusal::ConnectTimeout, in_flight)),
+    }
     let closed = Arc::new(AtomicBool::new(false));
     let shared = Shared {
         sender: Mutex::new(sender),
@@ -254,14 +268,19 @@ async fn handshake(upstream: Upstream) -> Result<(Arc<Shared>, crate::proxy::loa
         }
         closed.store(true, Ordering::Relaxed);
     });
-    Ok((Arc::new(shared), in_flight))
+    Ok(Arc::new(shared))
+}
+
+/// What it means that a connection could not begin.
+fn judge(error: &h2::Error) -> Refusal {
+    if error.is_io() || error.is_remote() { Refusal::UpstreamReset } else { Refusal::BadProtocol }
 }
 
 /// Makes a connection that was opened ahead one of the pool.
 pub(super) async fn donate(route: &Route, lane: Lane, spare: Upstream) {
     let key = Key { endpoint: spare.plan.endpoint.id.clone(), source: route.source.identity.clone(), lane };
     // One that has ended meanwhile is no loss.
-    if let Ok((shared, _in_flight)) = handshake(spare).await
+    if let Ok(shared) = handshake(spare, route.proxy.connect_timeout).await
         && !*route.proxy.drain.borrow()
     {
         route.proxy.requests.group(key).put(&shared);
@@ -273,6 +292,7 @@ fn settings() -> h2::client::Builder {
     builder
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
+        .initial_max_send_streams(NOT_GREETED)
         .max_send_buffer_size(SEND_BUFFER)
         .max_header_list_size(HEADER_LIST)
         .max_concurrent_reset_streams(RESETS_REMEMBERED)
