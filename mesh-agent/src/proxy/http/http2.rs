@@ -48,9 +48,9 @@ const FAULTS_FORGIVEN: usize = 100_000;
 /// Serves a client until its connection ends. `spare` is an upstream that was opened while the protocol was not yet
 /// known; it becomes the first pooled one.
 pub(in crate::proxy) async fn serve(route: Arc<Route>, client: Wire, spare: Option<Upstream>) {
-    let lane = pool::lane();
+    let lane = Arc::new(pool::Lane::next());
     if let Some(spare) = spare {
-        pool::donate(&route, lane, spare).await;
+        pool::donate(&route, &lane, spare).await;
     }
     let mut drain = route.proxy.drain.subscribe();
     let handshake = settings().handshake(client);
@@ -58,7 +58,7 @@ pub(in crate::proxy) async fn serve(route: Arc<Route>, client: Wire, spare: Opti
         Ok(mut connection) => {
             let client = Arc::new(Client::new(route.clone()));
             let mut requests = FuturesUnordered::new();
-            let mut begin = |request, respond| exchange::answer(client.clone(), lane, request, respond);
+            let mut begin = |request, respond| exchange::answer(client.clone(), lane.clone(), request, respond);
             let ended = tokio::select! {
                 ended = poll_fn(|cx| poll(&mut connection, &mut requests, &mut begin, cx)) => Some(ended),
                 // The sender lives in the proxy that we hold.

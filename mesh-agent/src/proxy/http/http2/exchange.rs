@@ -78,22 +78,23 @@ enum Ended {
 /// Answers one request of a client.
 pub(super) async fn answer(
     client: Arc<Client>,
-    lane: Lane,
+    lane: Arc<Lane>,
     request: Request<RecvStream>,
     mut respond: SendResponse<Bytes>,
 ) {
     let (head, body) = request.into_parts();
     let grpc = refusal::is_grpc(&head.headers);
     let protocol = if grpc { Protocol::Grpc } else { Protocol::Http2 };
-    let mut access = client.record(protocol, &head.method, &head.uri);
+    // Boxed, because it is handed on: thousands of these futures may wait.
+    let mut access = Box::new(client.record(protocol, &head.method, &head.uri));
     let answered = match check(&head) {
-        Ok(()) => send(&client, lane, &mut access, &head, body, &mut respond).await,
+        Ok(()) => send(&client, &lane, &mut access, &head, body, &mut respond).await,
         Err(refusal) => Err(Failed::Refused(refusal)),
     };
     client.link(&mut access);
     match answered {
-        Ok(answered) => relay(&client, answered, access, respond).await,
-        Err(Failed::Refused(refusal)) => refuse(respond, access, refusal),
+        Ok(answered) => relay(&client, answered, access, &mut respond).await,
+        Err(Failed::Refused(refusal)) => refuse(&mut respond, &mut access, refusal),
         Err(Failed::Reset(reason)) => {
             access.refusal = Some(Refusal::UpstreamReset);
             respond.send_reset(reason);
@@ -113,7 +114,7 @@ fn check(head: &request::Parts) -> Result<(), Refusal> {
     if named && hosts.next().is_none() { Ok(()) } else { Err(Refusal::BadRequest) }
 }
 
-fn refuse(mut respond: SendResponse<Bytes>, mut access: Access, refusal: Refusal) {
+fn refuse(respond: &mut SendResponse<Bytes>, access: &mut Access, refusal: Refusal) {
     access.refusal = Some(refusal);
     // A client that takes no answer has gone.
     let sent = if access.protocol == Protocol::Grpc {
@@ -134,7 +135,7 @@ fn refuse(mut respond: SendResponse<Bytes>, mut access: Access, refusal: Refusal
 /// Sends the request until somebody answers it.
 async fn send(
     client: &Client,
-    lane: Lane,
+    lane: &Lane,
     access: &mut Access,
     head: &request::Parts,
     body: RecvStream,
@@ -159,10 +160,13 @@ async fn send(
             Err(refusal) => return Err(Failed::Refused(refusal)),
         };
         let endpoint = plan.endpoint.clone();
-        let leased = tokio::select! {
-            biased;
-            leased = pool::lease(route, plan, lane, fresh) => leased,
-            _reset = poll_fn(|cx| respond.poll_reset(cx)) => return Err(Failed::ClientGone),
+        let leased = match lane.lease(route, &plan) {
+            Some(lease) if !fresh => Ok(lease),
+            _ => tokio::select! {
+                biased;
+                opened = Box::pin(pool::open(route, plan, lane, fresh)) => opened,
+                _reset = poll_fn(|cx| respond.poll_reset(cx)) => return Err(Failed::ClientGone),
+            },
         };
         let lease = match leased {
             Ok(lease) => lease,
@@ -258,17 +262,14 @@ fn poll_head(
     respond: &mut SendResponse<Bytes>,
     watch: &mut impl FnMut(Passed<'_>),
 ) -> Poll<Heard> {
-    // An upload may wait for the server, and would not see it.
-    if let Poll::Ready(reset) = respond.poll_reset(cx) {
-        return Poll::Ready(Heard::ClientGone(reset.unwrap_or(Reason::CANCEL)));
-    }
     match upload.poll(cx, watch) {
         Poll::Ready(Err(Broken::From(error))) => return Poll::Ready(Heard::ClientGone(said(&error))),
         // The answer tells why, if there is one.
         Poll::Ready(Ok(()) | Err(Broken::To)) | Poll::Pending => {}
     }
     loop {
-        match ready!(response.poll_informational(cx)) {
+        let Poll::Ready(interim) = response.poll_informational(cx) else { break };
+        match interim {
             Some(Ok(interim)) => {
                 if let Err(error) = respond.send_informational(interim) {
                     tracing::debug!(%error, "an interim answer was not taken");
@@ -278,10 +279,13 @@ fn poll_head(
             None => return Pin::new(response).poll(cx).map(|answer| answer.map_or_else(Heard::Failed, Heard::Head)),
         }
     }
+    // An upload may wait for the server, and would not see it.
+    let reset = ready!(respond.poll_reset(cx));
+    Poll::Ready(Heard::ClientGone(reset.unwrap_or(Reason::CANCEL)))
 }
 
 /// Passes the answer on, and the rest of the request.
-async fn relay(client: &Client, answered: Answered, mut access: Access, mut respond: SendResponse<Bytes>) {
+async fn relay(client: &Client, answered: Answered, mut access: Box<Access>, respond: &mut SendResponse<Bytes>) {
     let Answered { response, mut upload, lease, in_flight } = answered;
     let (head, body) = response.into_parts();
     let end = body.is_end_stream();
@@ -327,7 +331,7 @@ fn poll_bodies(
     cx: &mut Context<'_>,
     upload: &mut Pipe,
     download: &mut Pipe,
-    open: &mut Option<(Access, InFlight)>,
+    open: &mut Option<(Box<Access>, InFlight)>,
 ) -> Poll<Ended> {
     let mut untaken = false;
     let sent = |passed: Passed<'_>| {

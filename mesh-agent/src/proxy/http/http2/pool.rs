@@ -45,21 +45,48 @@ const IDLE: Duration = Duration::from_secs(30);
 /// Streams that h2 lets us open before the server has said how many it takes.
 const NOT_GREETED: usize = 0;
 
-/// Which of the connections to an endpoint a client uses.
-pub(super) type Lane = usize;
+/// Endpoints whose connections a client has at hand; more than these are looked up each time.
+const MAX_AT_HAND: usize = 64;
 
-/// The next client's lane.
-pub(super) fn lane() -> Lane {
-    static LANES: LazyLock<usize> = LazyLock::new(|| std::thread::available_parallelism().map_or(1, usize::from));
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    NEXT.fetch_add(1, Ordering::Relaxed) % *LANES
+/// Which of the connections to an endpoint a client uses, and those that it has at hand.
+pub(super) struct Lane {
+    number: usize,
+    groups: Mutex<Vec<(EndpointId, Arc<Group>)>>,
+}
+
+impl Lane {
+    /// The next client's.
+    pub(super) fn next() -> Self {
+        static LANES: LazyLock<usize> = LazyLock::new(|| std::thread::available_parallelism().map_or(1, usize::from));
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        Self { number: NEXT.fetch_add(1, Ordering::Relaxed) % *LANES, groups: Mutex::default() }
+    }
+
+    /// A place on an open connection to the planned endpoint.
+    pub(super) fn lease(&self, route: &Route, plan: &Plan) -> Option<Lease> {
+        self.group(route, &plan.endpoint.id).take(&plan.delivery)
+    }
+
+    fn group(&self, route: &Route, endpoint: &EndpointId) -> Arc<Group> {
+        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, group)) = groups.iter().find(|(known, _)| known == endpoint) {
+            return group.clone();
+        }
+        let key = Key { endpoint: endpoint.clone(), source: route.source.identity.clone(), lane: self.number };
+        let group = route.proxy.requests.group(key);
+        if groups.len() == MAX_AT_HAND {
+            groups.clear();
+        }
+        groups.push((endpoint.clone(), group.clone()));
+        group
+    }
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct Key {
     endpoint: EndpointId,
     source: SpiffeId,
-    lane: Lane,
+    lane: usize,
 }
 
 /// The connections to all endpoints.
@@ -104,14 +131,16 @@ impl Pool {
         self.groups().retain(|_, group| {
             let mut open = group.open();
             open.retain(|shared| !shared.is_closed() && !shared.is_idle());
-            // Who has the group in hand is about to open a connection.
+            // A client has it at hand, or is about to open a connection.
             !open.is_empty() || Arc::strong_count(group) > 1
         });
     }
 
     /// Closes everything; what carries a request closes after it.
     pub(in crate::proxy) fn clear(&self) {
-        self.groups().clear();
+        for (_, group) in self.groups().drain() {
+            group.open().clear();
+        }
     }
 
     fn groups(&self) -> MutexGuard<'_, HashMap<Key, Arc<Group>>> {
@@ -185,21 +214,13 @@ impl Drop for Lease {
     }
 }
 
-/// A place on a connection to the planned endpoint: on an open one, unless it has to be `fresh`, or on a new one. A failure is charged to the
-/// endpoint once, also when many wait for the connection.
+/// A place on a connection to the planned endpoint: on one that somebody else has opened meanwhile, unless it has to be
+/// `fresh`, or on a new one. A failure is charged to the endpoint once, also when many wait for the connection.
 ///
 /// # Errors
 /// No connection could be made.
-pub(super) async fn lease(route: &Route, plan: Plan, lane: Lane, fresh: bool) -> Result<Lease, Refusal> {
-    let key = Key { endpoint: plan.endpoint.id.clone(), source: route.source.identity.clone(), lane };
-    let group = route.proxy.requests.group(key);
-    match group.take(&plan.delivery) {
-        Some(lease) if !fresh => Ok(lease),
-        _ => Box::pin(open(route, plan, &group, fresh)).await,
-    }
-}
-
-async fn open(route: &Route, plan: Plan, group: &Group, fresh: bool) -> Result<Lease, Refusal> {
+pub(super) async fn open(route: &Route, plan: Plan, lane: &Lane, fresh: bool) -> Result<Lease, Refusal> {
+    let group = lane.group(route, &plan.endpoint.id);
     let before = group.attempts.load(Ordering::Relaxed);
     let mut failed = group.opening.lock().await;
     if !fresh && let Some(lease) = group.take(&plan.delivery) {
@@ -277,13 +298,13 @@ fn judge(error: &h2::Error) -> Refusal {
 }
 
 /// Makes a connection that was opened ahead one of the pool.
-pub(super) async fn donate(route: &Route, lane: Lane, spare: Upstream) {
-    let key = Key { endpoint: spare.plan.endpoint.id.clone(), source: route.source.identity.clone(), lane };
+pub(super) async fn donate(route: &Route, lane: &Lane, spare: Upstream) {
+    let group = lane.group(route, &spare.plan.endpoint.id);
     // One that has ended meanwhile is no loss.
     if let Ok(shared) = handshake(spare, route.proxy.connect_timeout).await
         && !*route.proxy.drain.borrow()
     {
-        route.proxy.requests.group(key).put(&shared);
+        group.put(&shared);
     }
 }
 
