@@ -21,6 +21,7 @@ use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream, client::ResponseFuture, server::SendResponse};
 use http::{Method, Request, Response, Version, header, request};
 use mesh_common::refusal::Refusal;
+use mesh_core::plan::Plan;
 
 use super::{
     pool::{self, Lane, Lease},
@@ -162,10 +163,10 @@ async fn send(
         let endpoint = plan.endpoint.clone();
         let leased = match lane.lease(route, &plan) {
             Some(lease) if !fresh => Ok(lease),
-            _ => tokio::select! {
-                biased;
-                opened = Box::pin(pool::open(route, plan, lane, fresh)) => opened,
-                _reset = poll_fn(|cx| respond.poll_reset(cx)) => return Err(Failed::ClientGone),
+            // Boxed, because it is rare and large.
+            _ => match Box::pin(opened(client, plan, lane, fresh, respond)).await {
+                Some(opened) => opened,
+                None => return Err(Failed::ClientGone),
             },
         };
         let lease = match leased {
@@ -236,6 +237,21 @@ async fn send(
             again = true;
             proxy.telemetry.metrics.retries.inc();
         }
+    }
+}
+
+/// Opens a connection for the request; `None` when the client resets it meanwhile.
+async fn opened(
+    client: &Client,
+    plan: Plan,
+    lane: &Lane,
+    fresh: bool,
+    respond: &mut SendResponse<Bytes>,
+) -> Option<Result<Lease, Refusal>> {
+    tokio::select! {
+        biased;
+        opened = pool::open(&client.route, plan, lane, fresh) => Some(opened),
+        _reset = poll_fn(|cx| respond.poll_reset(cx)) => None,
     }
 }
 
