@@ -463,6 +463,7 @@ fn image(cluster: &Cluster) -> Result<Image> {
         ("/usr/bin/curl", "curl"),
         ("/usr/bin/dig", "dig"),
         ("/usr/bin/h2load", "h2load"),
+        ("/usr/bin/nghttp", "nghttp"),
         ("/usr/bin/mariadb", "mariadb"),
         ("/usr/bin/redis-cli", "redis-cli"),
         ("/usr/bin/redis-check-rdb", "redis-server"),

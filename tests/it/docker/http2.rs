@@ -1,4 +1,4 @@
-//! HTTP/2 and gRPC between two agents with programs that know nothing of us: nghttpd, curl, h2load.
+//! HTTP/2 and gRPC between two agents with programs that know nothing of us: nghttpd, nghttp, curl, h2load.
 
 use std::collections::BTreeMap;
 
@@ -36,24 +36,21 @@ fn calls_are_balanced_one_by_one() -> Result<()> {
     mesh.await_endpoints(0, "both", 2)?;
 
     let mut checks = Checks::default();
-    checks.run("curl's requests on one connection reach both hosts", || {
-        let one_connection = until(LIMIT, "both servers answer", || {
-            let said = mesh.run(&client, &curl(&["http://both/who"; 20]))?;
-            let near = said.lines().filter(|line| *line == "near").count();
-            let far = said.lines().filter(|line| *line == "far").count();
-            Ok(if near > 0 && far > 0 && near + far == 20 { Ok(said) } else { Err(said) })
-        })?;
-        ensure!(!one_connection.is_empty(), "nothing was said");
-        Ok(())
+    checks.run("requests on one connection reach both hosts", || {
+        until(LIMIT, "both servers answer", || {
+            let said = asked(&mesh, &client, &[])?;
+            let of = |name: &str| said.lines().filter(|line| *line == name).count();
+            Ok(if of("near") > 0 && of("far") > 0 && of("near") + of("far") == 20 { Ok(()) } else { Err(said) })
+        })
     });
-    checks.run("trailers arrive, from both", || {
-        let said =
-            mesh.run(&client, &[&["curl", "-si", "--http2-prior-knowledge"], &["http://both/who"; 8][..]].concat())?;
-        ensure!(said.matches("grpc-status: 0").count() == 8, "{said}");
+    checks.run("trailers arrive", || {
+        let said = asked(&mesh, &client, &["-nv"])?;
+        let trailers = said.matches("grpc-status: 0").count();
+        ensure!(trailers == 20, "{trailers}: {said}");
         Ok(())
     });
     checks.run("large bodies are whole", || {
-        let count = "curl -sS --http2-prior-knowledge -Z http://both/large http://both/large http://both/large | wc -c";
+        let count = "nghttp http://both/large http://both/large?2 http://both/large?3 | wc -c";
         let said = mesh.run(&client, &["sh", "-c", count])?;
         ensure!(said.trim() == "9000000", "{said}");
         Ok(())
@@ -61,7 +58,8 @@ fn calls_are_balanced_one_by_one() -> Result<()> {
     checks.run("calls of a few busy connections are spread and none is lost", || load(&mesh, &client));
     checks.run("a refused gRPC call is told by a status", || {
         let call = ["-i", "-X", "POST", "-H", "content-type: application/grpc", "-H", "te: trailers", "-d", ""];
-        let said = mesh.run(&client, &[&curl(&call)[..], &["http://nobody/pkg.World/Say"]].concat())?;
+        let curl = ["curl", "-sS", "--http2-prior-knowledge"];
+        let said = mesh.run(&client, &[&curl[..], &call, &["http://nobody/pkg.World/Say"]].concat())?;
         ensure!(said.starts_with("HTTP/2 200") && said.contains("grpc-status: 14"), "{said}");
         let line = mesh.await_access(0, "the refusal", |line| line["http.path"] == "/pkg.World/Say")?;
         let number = line["refusal"].as_u64().with_context(|| line.to_string())?;
@@ -71,7 +69,7 @@ fn calls_are_balanced_one_by_one() -> Result<()> {
     checks.run("a server that stops costs no later call", || {
         mesh.host(1).docker(&["kill", &far.task.container])?;
         until(LIMIT, "all calls are answered by the other", || {
-            let said = mesh.run(&client, &curl(&["http://both/who"; 20]))?;
+            let said = asked(&mesh, &client, &[])?;
             Ok(if said.lines().filter(|line| *line == "near").count() == 20 { Ok(()) } else { Err(said) })
         })
     });
@@ -79,8 +77,11 @@ fn calls_are_balanced_one_by_one() -> Result<()> {
     checks.done()
 }
 
-fn curl<'a>(more: &[&'a str]) -> Vec<&'a str> {
-    [&["curl", "-sS", "--http2-prior-knowledge"], more].concat()
+/// Twenty requests on one connection. curl would do too, but 7.88 fails to use such a connection twice.
+fn asked(mesh: &Mesh, client: &Placed, options: &[&str]) -> Result<String> {
+    let urls: Vec<String> = (0..20).map(|number| format!("http://both/who?{number}")).collect();
+    let urls = urls.iter().map(String::as_str);
+    mesh.run(client, &["nghttp"].into_iter().chain(options.iter().copied()).chain(urls).collect::<Vec<_>>())
 }
 
 fn load(mesh: &Mesh, client: &Placed) -> Result<()> {

@@ -1,7 +1,7 @@
 //! HTTP/2 that a client begins unasked (prior knowledge, as gRPC does): each stream is a request of its own.
 //!
-//! One task carries a client's connection and all its requests, so that they share no lock with anybody; upstream
-//! connections have tasks of their own and are shared ([`pool`]). h2 checks what RFC 9113 §8.1 and §8.2 ask of a message, among
+//! One task carries a client's connection and all its requests; upstream connections have tasks of their own, on the
+//! same thread, and are shared ([`pool`]). h2 checks what RFC 9113 §8.1 and §8.2 ask of a message, among
 //! it that no connection-level field is in it, so nothing has to be removed from heads. Must not know how a client was found to
 //! speak HTTP/2.
 
@@ -20,6 +20,7 @@ use futures_util::stream::{FuturesUnordered, Stream as _};
 use h2::server::Connection;
 use mesh_common::refusal::Refusal;
 
+use self::pool::AtHand;
 use super::client::Client;
 use crate::{
     proxy::{
@@ -48,9 +49,9 @@ const FAULTS_FORGIVEN: usize = 100_000;
 /// Serves a client until its connection ends. `spare` is an upstream that was opened while the protocol was not yet
 /// known; it becomes the first pooled one.
 pub(in crate::proxy) async fn serve(route: Arc<Route>, client: Wire, spare: Option<Upstream>) {
-    let lane = Arc::new(pool::Lane::next());
+    let at_hand = Arc::new(AtHand::default());
     if let Some(spare) = spare {
-        pool::donate(&route, &lane, spare).await;
+        pool::donate(&route, &at_hand, spare).await;
     }
     let mut drain = route.proxy.drain.subscribe();
     let handshake = settings().handshake(client);
@@ -58,7 +59,7 @@ pub(in crate::proxy) async fn serve(route: Arc<Route>, client: Wire, spare: Opti
         Ok(mut connection) => {
             let client = Arc::new(Client::new(route.clone()));
             let mut requests = FuturesUnordered::new();
-            let mut begin = |request, respond| exchange::answer(client.clone(), lane.clone(), request, respond);
+            let mut begin = |request, respond| exchange::answer(client.clone(), at_hand.clone(), request, respond);
             let ended = tokio::select! {
                 ended = poll_fn(|cx| poll(&mut connection, &mut requests, &mut begin, cx)) => Some(ended),
                 // The sender lives in the proxy that we hold.

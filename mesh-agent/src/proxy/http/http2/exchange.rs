@@ -24,7 +24,7 @@ use mesh_common::refusal::Refusal;
 use mesh_core::plan::Plan;
 
 use super::{
-    pool::{self, Lane, Lease},
+    pool::{self, AtHand, Lease},
     relay::{Broken, Passed, Pipe, Replay},
 };
 use crate::{
@@ -79,7 +79,7 @@ enum Ended {
 /// Answers one request of a client.
 pub(super) async fn answer(
     client: Arc<Client>,
-    lane: Arc<Lane>,
+    at_hand: Arc<AtHand>,
     request: Request<RecvStream>,
     mut respond: SendResponse<Bytes>,
 ) {
@@ -89,7 +89,7 @@ pub(super) async fn answer(
     // Boxed, because it is handed on: thousands of these futures may wait.
     let mut access = Box::new(client.record(protocol, &head.method, &head.uri));
     let answered = match check(&head) {
-        Ok(()) => send(&client, &lane, &mut access, &head, body, &mut respond).await,
+        Ok(()) => send(&client, &at_hand, &mut access, &head, body, &mut respond).await,
         Err(refusal) => Err(Failed::Refused(refusal)),
     };
     client.link(&mut access);
@@ -136,7 +136,7 @@ fn refuse(respond: &mut SendResponse<Bytes>, access: &mut Access, refusal: Refus
 /// Sends the request until somebody answers it.
 async fn send(
     client: &Client,
-    lane: &Lane,
+    at_hand: &AtHand,
     access: &mut Access,
     head: &request::Parts,
     body: RecvStream,
@@ -161,10 +161,10 @@ async fn send(
             Err(refusal) => return Err(Failed::Refused(refusal)),
         };
         let endpoint = plan.endpoint.clone();
-        let leased = match lane.lease(route, &plan) {
+        let leased = match at_hand.lease(route, &plan) {
             Some(lease) if !fresh => Ok(lease),
             // Boxed, because it is rare and large.
-            _ => match Box::pin(opened(client, plan, lane, fresh, respond)).await {
+            _ => match Box::pin(opened(client, plan, at_hand, fresh, respond)).await {
                 Some(opened) => opened,
                 None => return Err(Failed::ClientGone),
             },
@@ -215,7 +215,7 @@ async fn send(
             Heard::Failed(error) => error,
         };
         tracing::debug!(
-            src.addr = %route.src_addr, dst.endpoint = %endpoint.id.0, %error, pooled = lease.used,
+            src.addr = %route.src_addr, dst.endpoint = %endpoint.id, %error, pooled = lease.used,
             "no answer to a request"
         );
         if !error.is_reset() {
@@ -244,13 +244,13 @@ async fn send(
 async fn opened(
     client: &Client,
     plan: Plan,
-    lane: &Lane,
+    at_hand: &AtHand,
     fresh: bool,
     respond: &mut SendResponse<Bytes>,
 ) -> Option<Result<Lease, Refusal>> {
     tokio::select! {
         biased;
-        opened = pool::open(&client.route, plan, lane, fresh) => Some(opened),
+        opened = pool::open(&client.route, plan, at_hand, fresh) => Some(opened),
         _reset = poll_fn(|cx| respond.poll_reset(cx)) => None,
     }
 }

@@ -1,15 +1,14 @@
-//! Upstream HTTP/2 connections, by endpoint, source identity and lane; each carries many requests at once.
+//! Upstream HTTP/2 connections, by endpoint and source identity; each carries many requests at once.
 //!
-//! Clients are spread over as many lanes as there are processors: one connection for all would be parsed by one processor
-//! here and served by one thread there. Within a lane another connection is opened when the server takes no more streams
-//! on those that are there. Must not know what was or will be sent on them.
+//! Every worker has its own, so a connection and the requests on it stay on one thread. Another one is opened when the
+//! server takes no more streams on those that are there. Must not know what was or will be sent on them.
 
 use std::{
     collections::HashMap,
     future::{Future as _, poll_fn},
     pin::Pin,
     sync::{
-        Arc, LazyLock, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     task::Poll,
@@ -48,36 +47,27 @@ const NOT_GREETED: usize = 0;
 /// Endpoints whose connections a client has at hand; more than these are looked up each time.
 const MAX_AT_HAND: usize = 64;
 
-/// Which of the connections to an endpoint a client uses, and those that it has at hand.
-pub(super) struct Lane {
-    number: usize,
-    groups: Mutex<Vec<(EndpointId, Arc<Group>)>>,
-}
+/// The connections that a client has at hand.
+#[derive(Default)]
+pub(super) struct AtHand(Mutex<Vec<(EndpointId, Arc<Group>)>>);
 
-impl Lane {
-    /// The next client's.
-    pub(super) fn next() -> Self {
-        static LANES: LazyLock<usize> = LazyLock::new(|| std::thread::available_parallelism().map_or(1, usize::from));
-        static NEXT: AtomicUsize = AtomicUsize::new(0);
-        Self { number: NEXT.fetch_add(1, Ordering::Relaxed) % *LANES, groups: Mutex::default() }
-    }
-
+impl AtHand {
     /// A place on an open connection to the planned endpoint.
     pub(super) fn lease(&self, route: &Route, plan: &Plan) -> Option<Lease> {
         self.group(route, &plan.endpoint.id).take(&plan.delivery)
     }
 
     fn group(&self, route: &Route, endpoint: &EndpointId) -> Arc<Group> {
-        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut groups = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, group)) = groups.iter().find(|(known, _)| known == endpoint) {
             return group.clone();
         }
-        let key = Key { endpoint: endpoint.clone(), source: route.source.identity.clone(), lane: self.number };
+        let key = Key { endpoint: *endpoint, source: route.source.identity.clone() };
         let group = route.proxy.requests.group(key);
         if groups.len() == MAX_AT_HAND {
             groups.clear();
         }
-        groups.push((endpoint.clone(), group.clone()));
+        groups.push((*endpoint, group.clone()));
         group
     }
 }
@@ -86,7 +76,6 @@ impl Lane {
 struct Key {
     endpoint: EndpointId,
     source: SpiffeId,
-    lane: usize,
 }
 
 /// The connections to all endpoints.
@@ -219,8 +208,8 @@ impl Drop for Lease {
 ///
 /// # Errors
 /// No connection could be made.
-pub(super) async fn open(route: &Route, plan: Plan, lane: &Lane, fresh: bool) -> Result<Lease, Refusal> {
-    let group = lane.group(route, &plan.endpoint.id);
+pub(super) async fn open(route: &Route, plan: Plan, at_hand: &AtHand, fresh: bool) -> Result<Lease, Refusal> {
+    let group = at_hand.group(route, &plan.endpoint.id);
     let before = group.attempts.load(Ordering::Relaxed);
     let mut failed = group.opening.lock().await;
     if !fresh && let Some(lease) = group.take(&plan.delivery) {
@@ -265,7 +254,7 @@ async fn handshake(upstream: Upstream, within: Duration) -> Result<Arc<Shared>, 
     match timeout(within, greeted).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => {
-            tracing::debug!(dst.endpoint = %plan.endpoint.id.0, %error, "no HTTP/2 with an endpoint");
+            tracing::debug!(dst.endpoint = %plan.endpoint.id, %error, "no HTTP/2 with an endpoint");
             return Err((judge(&error), in_flight));
         }
         Err(_elapsed) => return Err((Refusal::ConnectTimeout, in_flight)),
@@ -298,8 +287,8 @@ fn judge(error: &h2::Error) -> Refusal {
 }
 
 /// Makes a connection that was opened ahead one of the pool.
-pub(super) async fn donate(route: &Route, lane: &Lane, spare: Upstream) {
-    let group = lane.group(route, &spare.plan.endpoint.id);
+pub(super) async fn donate(route: &Route, at_hand: &AtHand, spare: Upstream) {
+    let group = at_hand.group(route, &spare.plan.endpoint.id);
     // One that has ended meanwhile is no loss.
     if let Ok(shared) = handshake(spare, route.proxy.connect_timeout).await
         && !*route.proxy.drain.borrow()
