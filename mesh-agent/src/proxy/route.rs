@@ -162,7 +162,7 @@ impl Attempts {
     /// # Errors
     /// No other is to be tried; this is what the client is told.
     pub(super) fn failed(&mut self, route: &Route, endpoint: &EndpointId, refusal: Refusal) -> Result<(), Refusal> {
-        self.tried.push(endpoint.clone());
+        self.tried.push(*endpoint);
         self.last = Some(refusal);
         if self.tried.len() >= MAX_TRIES || !worth_another(refusal) {
             return Err(refusal);

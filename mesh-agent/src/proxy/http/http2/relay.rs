@@ -68,7 +68,7 @@ impl Pipe {
         let source = match source {
             // Without a byte, the head has said that nothing follows.
             Source::Done if !held.is_empty() => Source::Ended,
-            source => source,
+            Source::Body | Source::Trailers | Source::Ended | Source::Done => source,
         };
         Self { from, to, held, source }
     }
