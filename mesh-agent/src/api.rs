@@ -383,6 +383,8 @@ fn protocol(protocol: model::Protocol) -> &'static str {
     match protocol {
         model::Protocol::Auto => "auto",
         model::Protocol::Http => "http",
+        model::Protocol::Http2 => "http2",
+        model::Protocol::Grpc => "grpc",
         model::Protocol::Tcp => "tcp",
     }
 }

@@ -30,7 +30,7 @@ use mesh_core::{balance::Load, model::EndpointId};
 use tokio::sync::watch;
 
 use crate::{state::Published, telemetry::Telemetry, transport::dial::Dialer};
-use http::pool::Pool;
+use http::{http1, http2};
 use loads::Loads;
 use places::Namespaces;
 use seen::Seen;
@@ -46,7 +46,10 @@ pub struct Proxy {
     telemetry: Telemetry,
     connect_timeout: Duration,
     loads: Arc<Loads>,
-    pool: Pool,
+    /// Upstream connections of HTTP/1.1 that are idle.
+    pool: http1::pool::Pool,
+    /// Upstream connections of HTTP/2.
+    requests: http2::pool::Pool,
     seen: Arc<Seen>,
     clock: Instant,
     /// True from the moment on which no new work is taken.
@@ -74,7 +77,8 @@ impl Proxy {
             telemetry,
             connect_timeout,
             loads: Arc::default(),
-            pool: Pool::default(),
+            pool: http1::pool::Pool::default(),
+            requests: http2::pool::Pool::default(),
             seen: Arc::default(),
             clock: Instant::now(),
             drain: watch::Sender::new(false),
@@ -92,7 +96,8 @@ impl Proxy {
             telemetry: self.telemetry.clone(),
             connect_timeout: self.connect_timeout,
             loads: self.loads.clone(),
-            pool: Pool::default(),
+            pool: http1::pool::Pool::default(),
+            requests: http2::pool::Pool::default(),
             seen: self.seen.clone(),
             clock: self.clock,
             drain: self.drain.clone(),
@@ -117,7 +122,10 @@ impl Proxy {
                         Ok(()) => break,
                         Err(_gone) => return,
                     },
-                    () = tokio::time::sleep(SWEEP) => self.pool.sweep(),
+                    () = tokio::time::sleep(SWEEP) => {
+                        self.pool.sweep();
+                        self.requests.sweep();
+                    }
                 }
             }
         }
@@ -127,6 +135,7 @@ impl Proxy {
     pub fn drain(&self) {
         self.drain.send_replace(true);
         self.pool.clear();
+        self.requests.clear();
     }
 
     /// Waits until no connection is under way.

@@ -217,7 +217,7 @@ fn service_set() -> impl Strategy<Value = ServiceSet> {
 }
 
 fn protocol() -> impl Strategy<Value = Protocol> {
-    prop::sample::select(vec![Protocol::Auto, Protocol::Http, Protocol::Tcp])
+    prop::sample::select(vec![Protocol::Auto, Protocol::Http, Protocol::Http2, Protocol::Grpc, Protocol::Tcp])
 }
 
 /// A host with some of a few tasks, and up to two sources about some of a few services.

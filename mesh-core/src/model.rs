@@ -95,8 +95,12 @@ pub struct ServicePort {
 pub enum Protocol {
     /// To be detected per connection.
     Auto,
-    /// HTTP/1.1: each request is balanced by itself.
+    /// HTTP: each request is balanced by itself. Clients choose the version.
     Http,
+    /// The same; operators mean HTTP/2 without TLS (h2c).
+    Http2,
+    /// The same; operators mean gRPC over HTTP/2 without TLS.
+    Grpc,
     /// A byte stream.
     Tcp,
 }

@@ -123,6 +123,7 @@ fn instance<'a>(snapshot: &'a Snapshot, naming: &Naming<'_>, name: &str) -> Opti
 fn serves(label: &str, service: &Service, port: &ServicePort) -> bool {
     match label {
         "http" => port.protocol != Protocol::Tcp,
+        "grpc" if port.protocol == Protocol::Grpc => true,
         label => label == service.name.as_str() || label.parse() == Ok(port.port),
     }
 }

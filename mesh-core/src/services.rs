@@ -93,8 +93,13 @@ pub const DEFAULT_WEIGHT: u32 = 100;
 /// Keeps sums over many endpoints far from overflow.
 const MAX_WEIGHT: u32 = 1_000_000;
 
-const PROTOCOL_WORDS: &[(&str, Protocol)] =
-    &[("auto", Protocol::Auto), ("http", Protocol::Http), ("tcp", Protocol::Tcp)];
+const PROTOCOL_WORDS: &[(&str, Protocol)] = &[
+    ("auto", Protocol::Auto),
+    ("http", Protocol::Http),
+    ("http2", Protocol::Http2),
+    ("grpc", Protocol::Grpc),
+    ("tcp", Protocol::Tcp),
+];
 const EFFECT_WORDS: &[(&str, Effect)] = &[("allow", Effect::Allow), ("deny", Effect::Deny)];
 
 /// Parses and checks a static file.

@@ -98,6 +98,8 @@ fn set_up(args: &Args) -> Result<()> {
         packages::FAKETIME,
         packages::MARIADB,
         packages::MARIADB_CLIENT,
+        packages::NGHTTPD,
+        packages::H2LOAD,
         packages::NGINX,
         packages::REDIS,
         packages::REDIS_CLI,

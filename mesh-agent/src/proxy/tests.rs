@@ -39,6 +39,7 @@ use crate::{
     transport::dial::{Dialer, Settings},
 };
 
+mod http2;
 mod requests;
 mod streams;
 mod two_agents;

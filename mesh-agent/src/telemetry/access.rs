@@ -96,6 +96,8 @@ pub struct Access {
     pub dst: Destination,
     pub request: Option<Request>,
     pub status: Option<u16>,
+    /// What a gRPC server said of the call.
+    pub grpc_status: Option<u16>,
     pub refusal: Option<Refusal>,
     /// How it ended where it was not refused. `Aborted` until somebody says otherwise: a record that is dropped
     /// half-way belongs to a connection that was.
@@ -193,6 +195,7 @@ impl Access {
             dst,
             request: None,
             status: None,
+            grpc_status: None,
             refusal: None,
             outcome: Outcome::Aborted,
             tries: 0,
@@ -242,7 +245,7 @@ impl Drop for Access {
         link.bytes(sent, received);
         match self.protocol {
             Protocol::Tcp => link.connection(self.settled(), took),
-            Protocol::Http => link.request(self.status, took),
+            Protocol::Http | Protocol::Http2 | Protocol::Grpc => link.request(self.status, took),
         }
         if let Some(refusal) = self.refusal {
             link.refused(refusal);
@@ -286,6 +289,9 @@ impl Serialize for Access {
         }
         if let Some(status) = self.status {
             map.serialize_entry(fields::STATUS, &status)?;
+        }
+        if let Some(status) = self.grpc_status {
+            map.serialize_entry(fields::GRPC_STATUS, &status)?;
         }
         map.serialize_entry(fields::BYTES_SENT, &self.counts.sent.load(Ordering::Relaxed))?;
         map.serialize_entry(fields::BYTES_RECEIVED, &self.counts.received.load(Ordering::Relaxed))?;

@@ -57,7 +57,7 @@ labels! {
 
 labels! {
     /// What a record is about.
-    Protocol { Tcp = "tcp", Http = "http" }
+    Protocol { Tcp = "tcp", Http = "http", Http2 = "http2", Grpc = "grpc" }
 }
 
 labels! {
