@@ -46,6 +46,8 @@ pub struct SourceId(pub usize);
 pub struct Report {
     pub source: SourceId,
     pub outcome: Result<ServiceSet, SourceError>,
+    /// What is still wrong with a part of a set that is there.
+    pub still: Option<String>,
 }
 
 /// A backend could not give a set. The last good one stays.
@@ -183,7 +185,8 @@ impl Collected {
         let Some(status) = self.status.get_mut(report.source.0) else { return false };
         match report.outcome {
             Ok(set) => {
-                let first = status.loaded_at.replace(now).is_none() || status.error.take().is_some();
+                let first = status.loaded_at.replace(now).is_none() || status.error.is_some() && report.still.is_none();
+                status.error = report.still;
                 // A registry has something new all the time.
                 if first || status.figures.is_none() {
                     tracing::info!(source = %status.backend, services = set.services.len(), "services loaded");

@@ -255,6 +255,30 @@ pub fn request(
     Ok((status, document))
 }
 
+/// A folder with a certificate authority of Consul's own making, and certificates of a server and of a client:
+/// `consul-agent-ca.pem`, `dc1-server-consul-0.pem` and `-key.pem`, and the same for `client`.
+///
+/// # Errors
+/// Consul's own command fails.
+pub fn certificates(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder)?;
+    for arguments in ["ca create", "cert create -server", "cert create -client"] {
+        let mut command = Command::new(program().map_err(anyhow::Error::msg)?);
+        command.arg("tls").args(arguments.split(' ')).current_dir(folder).env_clear().stdin(Stdio::null());
+        let output = command.output().context("cannot start Consul")?;
+        ensure!(output.status.success(), "consul tls {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
+}
+
+/// A port that nobody has at this moment.
+///
+/// # Errors
+/// Nothing can be bound on loopback.
+pub fn free_port() -> io::Result<u16> {
+    free_ports::<1>().map(|[port]| port)
+}
+
 /// Ports that nobody has at this moment, below those that the kernel gives to outgoing connections.
 fn free_ports<const N: usize>() -> io::Result<[u16; N]> {
     static LAST: AtomicU32 = AtomicU32::new(0);

@@ -64,7 +64,7 @@ pub(super) async fn run(
         Ok(client) => client,
         Err(error) => {
             // It is the same at the next attempt: the files are read once.
-            drop(reports.send(Report { source, outcome: Err(SourceError::ConsulSetUp(error)) }).await);
+            drop(reports.send(Report { source, outcome: Err(SourceError::ConsulSetUp(error)), still: None }).await);
             return;
         }
     };
@@ -364,7 +364,8 @@ impl Director {
             self.problems = problems;
         }
         let set = self.known.set();
-        self.reports.send(Report { source: self.source, outcome: Ok(set) }).await.map_err(drop)
+        let still = self.failing.values().next().cloned();
+        self.reports.send(Report { source: self.source, outcome: Ok(set), still }).await.map_err(drop)
     }
 
     /// Reports the first failure, and one of another kind; a hundred watches that fail together are one.
@@ -380,7 +381,7 @@ impl Director {
         self.failing.insert(of, text);
         if !told {
             let outcome = Err(SourceError::Consul { what, source: trouble });
-            drop(self.reports.send(Report { source: self.source, outcome }).await);
+            drop(self.reports.send(Report { source: self.source, outcome, still: None }).await);
         }
     }
 

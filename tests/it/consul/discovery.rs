@@ -13,7 +13,7 @@ use mesh_agent::{
 };
 use mesh_core::{config, services::ServiceSet};
 use mesh_tests::{
-    consul::Server,
+    consul::{Server, certificates, free_port},
     tier::{Tier, figure, require},
     until::until,
 };
@@ -259,4 +259,37 @@ fn another_datacenter_has_names_of_its_own() -> Result<()> {
         ("world--dc-dc2", there),
         ("world--tag-v2--dc-dc2", there),
     ])
+}
+
+#[test]
+fn consul_is_asked_over_tls_and_shown_a_certificate() -> Result<()> {
+    if !require(Tier::Consul) {
+        return Ok(());
+    }
+    let folder = std::env::temp_dir().join(format!("mesh-test-{}-consul-tls", std::process::id()));
+    certificates(&folder)?;
+    let file = |name: &str| folder.join(name).display().to_string();
+    let port = free_port()?;
+    let tls = json!({
+        "ports": { "https": port },
+        "verify_incoming_https": true,
+        "ca_file": file("consul-agent-ca.pem"),
+        "cert_file": file("dc1-server-consul-0.pem"),
+        "key_file": file("dc1-server-consul-0-key.pem"),
+    });
+    let server = Server::start_with(&tls.to_string(), &[])?;
+    server.register("world", "w1", "10.1.1.1", 80, "passing", &json!({}))?;
+    let address = format!("https://127.0.0.1:{port}");
+    let ca = format!("[discovery.consul.tls]\nca_file = \"{}\"\n", file("consul-agent-ca.pem"));
+    let (cert, key) = (file("dc1-client-consul-0.pem"), file("dc1-client-consul-0-key.pem"));
+
+    let stranger = Running::start(&address, "")?;
+    stranger.await_error("invalid peer certificate: UnknownIssuer")?;
+    let nobody = Running::start(&address, &ca)?;
+    nobody.await_error("cannot reach Consul at https://")?;
+    let both = Running::start(&address, &format!("{ca}cert_file = \"{cert}\"\nkey_file = \"{key}\""))?;
+    both.await_seen(&[("world", &["80 10.1.1.1:80 100"])])?;
+    ensure!(nobody.seen().is_empty() && stranger.seen().is_empty());
+    std::fs::remove_dir_all(&folder)?;
+    Ok(())
 }
