@@ -10,8 +10,9 @@ mod only;
 mod status;
 
 use std::{
+    collections::BTreeSet,
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     num::NonZero,
     path::Path,
     sync::{
@@ -24,9 +25,10 @@ use std::{
 use ipnet::{Ipv4Net, Ipv6Net};
 use mesh_common::maps::{Knobs, knobs};
 use mesh_core::{
-    config::Config,
-    id::{InvalidName, ServiceName, SpiffeId},
+    config::{Config, discovery::SourceName},
+    id::{InvalidName, ServiceName, SpiffeId, TaskId},
     merge::Merged,
+    task::Task,
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -35,7 +37,10 @@ use tokio::{
 
 use crate::{
     admin::{Admin, AdminError, Handles},
-    discovery::{self, Backend},
+    discovery::{
+        self, Backend,
+        consul::{SetUpError, registrar::Registrar},
+    },
     dns::DnsCounters,
     identity::{Identities, IdentityError},
     proxy::{
@@ -55,7 +60,7 @@ use crate::{
     telemetry::{
         Telemetry,
         access::{Access, Destination, Source},
-        metrics::{Direction, DnsOutcome, Outcome, Protocol},
+        metrics::{Direction, DnsOutcome, Outcome, Protocol, SourceFigures},
     },
     transport::{
         dial::{Dialer, Settings, marked_socket},
@@ -97,6 +102,8 @@ pub enum AgentError {
     TunnelPort { addr: SocketAddr, source: io::Error },
     #[error(transparent)]
     Admin(#[from] AdminError),
+    #[error("tasks could never be registered with Consul")]
+    Consul(#[from] SetUpError),
     #[error(transparent)]
     Bpf(#[from] BpfError),
     #[error(transparent)]
@@ -124,7 +131,7 @@ pub async fn run(
 
     // Who and where we are.
     let host = host::facts(&config).await?;
-    let config = Arc::new(host::name_after_cluster(config, &host.cluster));
+    let config = Arc::new(host::name_after_datacenters(host::name_after_cluster(config, &host.cluster)));
     let identities = Identities::open(&config.identity)?;
     let own = SpiffeId::new(&config.identity.trust_domain, &host.cluster, &OWN_SERVICE.parse::<ServiceName>()?)?;
     identities.leaf(&own)?;
@@ -135,7 +142,7 @@ pub async fn run(
 
     // What is known, and who tells it.
     let (publisher, published) = state::publish();
-    let discovery = discovery::run(backends(&config));
+    let discovery = discovery::run(backends(&config), &published.uses);
     let observer = tasks::observe(tasks::Settings {
         socket: config.docker.socket.clone(),
         cgroup_root: Some(host.cgroup_root.clone()),
@@ -143,6 +150,8 @@ pub async fn run(
         host: host.address,
         own_container: None,
     });
+
+    let registrar = registrar(&config, host.address)?;
 
     // The way of a connection: listeners in namespaces, the proxy, tunnels.
     let namespaces = Arc::new(Namespaces::default());
@@ -172,6 +181,7 @@ pub async fn run(
         published: published.clone(),
         identities: identities.clone(),
         sources: discovery.status.clone(),
+        registered: registrar.as_ref().map(Registrar::status),
         tasks: observer.tasks.clone(),
         connected: observer.connected.clone(),
         armed: armed.clone(),
@@ -209,8 +219,11 @@ pub async fn run(
     });
     running.spawn(events::record(reports, published.clone(), telemetry.clone()));
     running.spawn(identities.clone().keep_fresh());
+    let for_registrar = published.clone();
     running.spawn(serve_tunnels(servers.clone(), tunnels, presents(published, own.clone())));
-    running.spawn(tell_ready(armed, ready));
+    running.spawn(tell_ready(armed.clone(), ready));
+    let (withdraw, withdrawing) = watch::channel(false);
+    let registering = tokio::spawn(register(registrar, armed, (for_registrar, observer.tasks.clone()), withdrawing));
     let stopped = drain.subscribe();
     running.spawn(admin.run(async move {
         let mut stopped = stopped;
@@ -234,10 +247,11 @@ pub async fn run(
     };
     let mut control = tokio::spawn(control.run(control_stopped));
 
-    // Stop: listeners first, so that the hooks fail open; then what is under way; then every trace. The reconciler holds
+    // Stop: no other host shall send anything new. Listeners first, so that the hooks fail open; then what is under way; then every trace. The reconciler holds
     // what is armed, and with it the connections, so it is let go last.
     let controlled = tokio::select! {
         () = stop => {
+            withdraw.send_replace(true);
             control_stop.send_replace(true);
             control.await.map_err(Some)
         }
@@ -249,6 +263,10 @@ pub async fn run(
     drain.send_replace(true);
     if tokio::time::timeout(config.proxy.drain, workers.idle()).await.is_err() {
         tracing::warn!(connections = workers.connections(), "connections are cut off: they outlasted `proxy.drain`");
+    }
+    drop(withdraw);
+    if let Err(error) = registering.await {
+        tracing::error!(%error, "the tasks of this host may still be registered");
     }
     let stopped = controlled.map(drop);
     programs.remove()?;
@@ -292,7 +310,35 @@ fn workers(
 }
 
 fn backends(config: &Config) -> Vec<Backend> {
-    config.services_file.iter().map(|path| Backend::StaticFile { path: path.clone() }).collect()
+    let source = |name: &SourceName| match name {
+        SourceName::File => config.services_file.as_ref().map(|path| Backend::StaticFile { path: path.clone() }),
+        SourceName::Consul => config.discovery.consul.clone().map(|consul| Backend::Consul(Arc::new(consul))),
+    };
+    config.discovery.order.iter().filter_map(source).collect()
+}
+
+fn registrar(config: &Config, host: IpAddr) -> Result<Option<Registrar>, AgentError> {
+    let Some(consul) = &config.discovery.consul else { return Ok(None) };
+    let Some(registration) = &consul.registration else { return Ok(None) };
+    let tunnel = SocketAddr::new(host, config.proxy.tunnel_listen.port());
+    Ok(Some(Registrar::new(&Arc::new(consul.clone()), registration.clone(), tunnel)?))
+}
+
+/// Registers once the tasks of this host are known: before, an empty list means nothing.
+async fn register(
+    registrar: Option<Registrar>,
+    mut armed: watch::Receiver<Option<BTreeSet<TaskId>>>,
+    (published, tasks): (Published, watch::Receiver<Arc<Vec<Task>>>),
+    mut withdrawing: watch::Receiver<bool>,
+) {
+    let Some(registrar) = registrar else { return };
+    let known = tokio::select! {
+        known = armed.wait_for(Option::is_some) => known.is_ok(),
+        _ = withdrawing.wait_for(|stop| *stop) => false,
+    };
+    if known {
+        registrar.run(published, tasks, withdrawing).await;
+    }
 }
 
 fn failed_tunnels(telemetry: &Telemetry) -> Arc<dyn Fn(crate::transport::accept::Failed) + Send + Sync> {
@@ -373,6 +419,19 @@ fn figures(
             (DnsOutcome::Overload, total(&dns.overload)),
             (DnsOutcome::Malformed, total(&dns.garbage)),
         ]);
+        for (name, source) in status.source_figures() {
+            let figures = SourceFigures {
+                age: source.last_answer().map(|at| at.elapsed()),
+                answers: total(&source.answers),
+                errors: total(&source.errors),
+                watches: source.watches.load(Ordering::Relaxed),
+                services: source.services.load(Ordering::Relaxed),
+            };
+            metrics.source(&name, &figures);
+        }
+        if let Some((count, all)) = status.registrations() {
+            metrics.registered(count, all);
+        }
         let tunnels = workers.tunnels();
         metrics.tunnels(tunnels.handshakes, tunnels.connections, tunnels.streams);
     }
@@ -431,10 +490,7 @@ async fn beat(mut pulse: Pulse, workers: Arc<Workers>, every: Duration) {
     }
 }
 
-async fn tell_ready(
-    mut armed: watch::Receiver<Option<std::collections::BTreeSet<mesh_core::id::TaskId>>>,
-    ready: impl FnOnce(),
-) {
+async fn tell_ready(mut armed: watch::Receiver<Option<BTreeSet<TaskId>>>, ready: impl FnOnce()) {
     if armed.wait_for(Option::is_some).await.is_ok() {
         ready();
     }

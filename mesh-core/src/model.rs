@@ -18,6 +18,7 @@ use crate::{
     addr::Vip,
     id::{ServiceName, SpiffeId, TaskId},
     policy::Policy,
+    services::Attributes,
     task::NetworkMode,
 };
 
@@ -125,6 +126,8 @@ pub struct Endpoint {
     pub zone: Option<Arc<str>>,
     /// Task, where the source knows it.
     pub task: Option<TaskId>,
+    /// Tags and meta of the registry that knows it.
+    pub attributes: Arc<Attributes>,
 }
 
 /// How an endpoint is reached.

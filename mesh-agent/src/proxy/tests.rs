@@ -154,6 +154,7 @@ fn endpoint(addr: SocketAddr, reach: Reach, identity: &SpiffeId) -> Endpoint {
         weight: 100,
         zone: None,
         task: None,
+        attributes: Arc::default(),
     }
 }
 
