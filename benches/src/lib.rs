@@ -17,3 +17,4 @@ pub mod rounds;
 pub mod subject;
 pub mod topology;
 pub mod usage;
+pub mod whole;

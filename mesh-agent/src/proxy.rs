@@ -109,11 +109,9 @@ impl Proxy {
     /// publishes the snapshot's figures. To be spawned for each sibling.
     pub async fn keep_house(self: Arc<Self>) {
         let mut published = self.published.clone();
-        let mut last = Arc::default();
         loop {
             let snapshot = published.load();
-            self.telemetry.metrics.snapshot(&last, &snapshot);
-            last = snapshot.clone();
+            self.telemetry.metrics.snapshot(&snapshot);
             self.loads.retain_known(&snapshot);
             self.seen.retain_known(&snapshot);
             loop {

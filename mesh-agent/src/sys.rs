@@ -8,6 +8,7 @@ pub mod cgroup;
 pub mod events;
 pub mod flows;
 pub mod maps;
+pub mod memory;
 pub mod netns;
 pub mod probe;
 mod raw;

@@ -9,7 +9,10 @@
 
 use std::{collections::BTreeSet, fmt::Display, path::PathBuf, str::FromStr, time::Duration};
 
-use toml::Value;
+use toml::{
+    Spanned,
+    de::{DeTable as Table, DeValue as Value},
+};
 
 use crate::config::Fault;
 
@@ -17,13 +20,16 @@ use crate::config::Fault;
 ///
 /// # Errors
 /// All faults together; a text that is not TOML has one, with line and column.
-pub(crate) fn read<T>(text: &str, read: impl FnOnce(&mut Section) -> Option<T>) -> Result<T, Vec<Fault>> {
-    let table = text.parse::<toml::Table>().map_err(|error| vec![syntax(text, &error)])?;
-    let mut root = Section { path: String::new(), table, asked: BTreeSet::new(), faults: Vec::new() };
+pub(crate) fn read<T>(text: &str, read: impl FnOnce(&mut Section<'_>) -> Option<T>) -> Result<T, Vec<Fault>> {
+    // Borrows its words from the text: a file of services can be long.
+    let table = Table::parse(text).map_err(|error| vec![syntax(text, &error)])?.into_inner();
+    let mut root =
+        Section { path: String::new(), table, asked: BTreeSet::new(), faults: Vec::new(), spent: Vec::new() };
     let value = read(&mut root);
-    match (value, root.finish()) {
-        (Some(value), faults) if faults.is_empty() => Ok(value),
-        (_, faults) => Err(faults),
+    let (faults, _spent) = root.finish();
+    match value {
+        Some(value) if faults.is_empty() => Ok(value),
+        Some(_) | None => Err(faults),
     }
 }
 
@@ -36,14 +42,18 @@ fn syntax(text: &str, error: &toml::de::Error) -> Fault {
 }
 
 /// One table of the document.
-pub(crate) struct Section {
+pub(crate) struct Section<'a> {
     path: String,
-    table: toml::Table,
+    table: Table<'a>,
     asked: BTreeSet<&'static str>,
     faults: Vec<Fault>,
+    /// What has been read, kept until all is. Of a long document the tree is many times as large as what is made of it:
+    /// were the one freed piece by piece, the other would be scattered over its room, and none of that could be given
+    /// back to the system.
+    spent: Vec<Value<'a>>,
 }
 
-impl Section {
+impl<'a> Section<'a> {
     /// Adds a fault about `key` of this section.
     pub(crate) fn fault(&mut self, key: &str, problem: impl Display, remedy: impl Display) {
         let path = match (self.path.as_str(), key) {
@@ -68,12 +78,12 @@ impl Section {
 
     /// How many items the list `key` has.
     pub(crate) fn count(&self, key: &str) -> usize {
-        self.table.get(key).and_then(Value::as_array).map_or(0, Vec::len)
+        self.table.get(key).and_then(|value| value.get_ref().as_array()).map_or(0, |items| items.len())
     }
 
     pub(crate) fn text(&mut self, key: &'static str) -> Option<String> {
         match self.take(key)? {
-            Value::String(text) => Some(text),
+            Value::String(text) => Some(text.into_owned()),
             other => self.wrong_type(key, &other, "a string in quotes"),
         }
     }
@@ -112,9 +122,9 @@ impl Section {
     /// A whole number between `min` and `max`.
     pub(crate) fn number(&mut self, key: &'static str, min: u32, max: u32) -> Option<u32> {
         match self.take(key)? {
-            Value::Integer(number) => match u32::try_from(number) {
+            Value::Integer(number) => match u32::from_str_radix(number.as_str(), number.radix()) {
                 Ok(number) if (min..=max).contains(&number) => Some(number),
-                _ => {
+                Ok(_) | Err(_) => {
                     self.fault(key, format!("{number} is out of range"), format!("use {min} to {max}"));
                     None
                 }
@@ -172,7 +182,7 @@ impl Section {
         let mut values = Vec::with_capacity(items.len());
         for (n, item) in items.iter().enumerate() {
             let place = format!("{key}[{n}]");
-            match item {
+            match item.get_ref() {
                 Value::String(text) => match check(text) {
                     Ok(value) => values.push(value),
                     Err((problem, remedy)) => self.fault(&place, problem, remedy),
@@ -192,16 +202,16 @@ impl Section {
             Some(Value::Table(table)) => table,
             Some(other) => {
                 let _nothing: Option<()> = self.wrong_type(key, &other, &format!("a table: write it as `[{key}]`"));
-                toml::Table::new()
+                Table::new()
             }
-            None => toml::Table::new(),
+            None => Table::new(),
         };
         self.child(key.to_owned(), table, read)
     }
 
     /// A list of tables. Each is called by its `name`, where it has one, otherwise by its position.
     pub(crate) fn sections<T>(&mut self, key: &'static str, mut read: impl FnMut(&mut Self) -> Option<T>) -> Vec<T> {
-        let items = match self.take(key) {
+        let mut items = match self.take(key) {
             Some(Value::Array(items)) => items,
             Some(other) => {
                 return self
@@ -211,12 +221,12 @@ impl Section {
             None => return Vec::new(),
         };
         let mut values = Vec::with_capacity(items.len());
-        for (n, item) in items.into_iter().enumerate() {
-            match item {
+        for (n, item) in items.iter_mut().enumerate() {
+            match std::mem::replace(item.get_mut(), Value::Boolean(false)) {
                 Value::Table(table) => {
-                    let place = match table.get("name") {
-                        Some(Value::String(name)) => format!("{key}[{}]", name.escape_debug()),
-                        _ => format!("{key}[{n}]"),
+                    let place = match table.get("name").and_then(|name| name.get_ref().as_str()) {
+                        Some(name) => format!("{key}[{}]", name.escape_debug()),
+                        None => format!("{key}[{n}]"),
                     };
                     values.extend(self.child(place, table, &mut read));
                 }
@@ -226,30 +236,36 @@ impl Section {
                 }
             }
         }
+        self.spent.push(Value::Array(items));
         values
     }
 
-    fn child<T>(&mut self, key: String, table: toml::Table, read: impl FnOnce(&mut Self) -> T) -> T {
+    fn child<T>(&mut self, key: String, table: Table<'a>, read: impl FnOnce(&mut Self) -> T) -> T {
         let path = if self.path.is_empty() { key } else { format!("{}.{key}", self.path) };
-        let mut child = Self { path, table, asked: BTreeSet::new(), faults: Vec::new() };
+        let spent = std::mem::take(&mut self.spent);
+        let mut child = Self { path, table, asked: BTreeSet::new(), faults: Vec::new(), spent };
         let value = read(&mut child);
-        self.faults.extend(child.finish());
+        let (faults, spent) = child.finish();
+        self.faults.extend(faults);
+        self.spent = spent;
         value
     }
 
-    fn take(&mut self, key: &'static str) -> Option<Value> {
+    fn take(&mut self, key: &'static str) -> Option<Value<'a>> {
         self.asked.insert(key);
-        self.table.remove(key)
+        self.table.remove(key).map(Spanned::into_inner)
     }
 
-    fn wrong_type<T>(&mut self, key: &str, found: &Value, wanted: &str) -> Option<T> {
+    fn wrong_type<T>(&mut self, key: &str, found: &Value<'_>, wanted: &str) -> Option<T> {
         self.fault(key, format!("is {}", kind(found)), format!("write {wanted}"));
         None
     }
 
     /// Whatever is left in the table was not asked for.
-    fn finish(mut self) -> Vec<Fault> {
-        for key in std::mem::take(&mut self.table).keys() {
+    fn finish(mut self) -> (Vec<Fault>, Vec<Value<'a>>) {
+        let table = std::mem::take(&mut self.table);
+        for key in table.keys() {
+            let key = key.get_ref();
             let remedy = match nearest(key, &self.asked) {
                 Some(known) => format!("did you mean `{known}`?"),
                 None => {
@@ -259,11 +275,12 @@ impl Section {
             };
             self.fault(&key.escape_debug().to_string(), "is not known", remedy);
         }
-        self.faults
+        self.spent.push(Value::Table(table));
+        (self.faults, self.spent)
     }
 }
 
-fn kind(value: &Value) -> &'static str {
+fn kind(value: &Value<'_>) -> &'static str {
     match value {
         Value::String(_) => "a string",
         Value::Integer(_) => "a whole number",

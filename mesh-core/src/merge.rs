@@ -5,7 +5,7 @@
 //! what it comes to is the same as from the beginning. Must not know how the sources were asked.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
@@ -262,7 +262,7 @@ fn ports(
         draft.endpoints.entry(endpoint.id).or_insert_with(|| endpoint.clone());
     }
     let own = SpiffeId::new(sources.trust_domain, sources.cluster, name).ok();
-    let mut seen = HashSet::new();
+    let mut seen = BTreeSet::new();
     for entry in &definition.endpoints {
         let Some(port) = port_of(entry, definition) else { continue };
         let Some(endpoint) = registered(sources, own.as_ref(), entry, locals) else { continue };

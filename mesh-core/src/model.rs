@@ -11,7 +11,7 @@ use std::{
     sync::Arc,
 };
 
-use imbl::{OrdMap, ordmap::DiffItem};
+use imbl::OrdMap;
 use mesh_common::addr::{Addr, Ip};
 
 use crate::{
@@ -183,17 +183,6 @@ impl Snapshot {
     /// The service that has this virtual address.
     pub fn service_at(&self, ip: IpAddr) -> Option<&Arc<Service>> {
         self.services.get(self.by_vip.get(&Ip::from(ip))?)
-    }
-
-    /// Services that are not as they were in `last`; `None`: it is gone. Costs what the difference is large.
-    pub fn changed_since<'a>(
-        &'a self,
-        last: &'a Self,
-    ) -> impl Iterator<Item = (&'a ServiceName, Option<&'a Arc<Service>>)> {
-        last.services.diff(&self.services).map(|change| match change {
-            DiffItem::Add(name, service) | DiffItem::Update { new: (name, service), .. } => (name, Some(service)),
-            DiffItem::Remove(name, _) => (name, None),
-        })
     }
 
     /// The service that a local endpoint's task belongs to, where that is not `listed`, under which it was found. The

@@ -134,7 +134,7 @@ pub fn parse(text: &str) -> Result<ServiceSet, Vec<Fault>> {
     })
 }
 
-fn service(s: &mut Section) -> Option<ServiceEntry> {
+fn service(s: &mut Section<'_>) -> Option<ServiceEntry> {
     s.require("name", "clients call a service by its name, such as `world`");
     let name: Option<ServiceName> = s.parsed("name", "world");
     let families = s.list("families", not_empty).unwrap_or_default();
@@ -150,7 +150,8 @@ fn service(s: &mut Section) -> Option<ServiceEntry> {
     }
     // Where a port is faulty itself, endpoints that name it are not to blame.
     let known = (ports.len() == wanted).then_some(ports.as_slice());
-    let endpoints = s.sections("endpoint", |s| endpoint(s, known));
+    let mut endpoints = s.sections("endpoint", |s| endpoint(s, known));
+    endpoints.shrink_to_fit();
     let mut seen = BTreeSet::new();
     for entry in &endpoints {
         if !seen.insert((entry.addr, entry.port)) {
@@ -161,14 +162,14 @@ fn service(s: &mut Section) -> Option<ServiceEntry> {
     Some(ServiceEntry { name: name?, ports, endpoints, tls, on_agent_death, families, alone })
 }
 
-fn port(s: &mut Section) -> Option<PortEntry> {
+fn port(s: &mut Section<'_>) -> Option<PortEntry> {
     s.require("port", "name the port that clients use");
     let port = s.port("port");
     let (target, protocol) = (s.port("target"), s.choice("protocol", PROTOCOL_WORDS));
     Some(PortEntry { port: port?, target, protocol })
 }
 
-fn endpoint(s: &mut Section, ports: Option<&[PortEntry]>) -> Option<EndpointEntry> {
+fn endpoint(s: &mut Section<'_>, ports: Option<&[PortEntry]>) -> Option<EndpointEntry> {
     s.require("address", "name address and port, such as `10.0.1.20:32768`");
     let had_port = s.has("port");
     let addr = reachable(s, "address");
@@ -205,7 +206,7 @@ fn endpoint(s: &mut Section, ports: Option<&[PortEntry]>) -> Option<EndpointEntr
 }
 
 /// An address that can be connected to.
-fn reachable(s: &mut Section, key: &'static str) -> Option<SocketAddr> {
+fn reachable(s: &mut Section<'_>, key: &'static str) -> Option<SocketAddr> {
     let addr = canonical(s.parsed(key, "10.0.1.20:32768")?);
     if addr.ip().is_unspecified() || addr.ip().is_multicast() || addr.port() == 0 {
         s.fault(key, format!("nothing can be reached at {addr}"), "name the address and port of one host or task");
@@ -214,7 +215,7 @@ fn reachable(s: &mut Section, key: &'static str) -> Option<SocketAddr> {
     Some(addr)
 }
 
-fn unique_families(root: &mut Section, services: &[ServiceEntry]) {
+fn unique_families(root: &mut Section<'_>, services: &[ServiceEntry]) {
     let mut owners: BTreeMap<&str, &ServiceName> = BTreeMap::new();
     for entry in services {
         for family in &entry.families {
@@ -227,7 +228,7 @@ fn unique_families(root: &mut Section, services: &[ServiceEntry]) {
     }
 }
 
-fn policy(s: &mut Section) -> Policy {
+fn policy(s: &mut Section<'_>) -> Policy {
     let default = s.choice("default", EFFECT_WORDS).unwrap_or(Effect::Allow);
     let rules = s.sections("rule", rule);
     let mut names = BTreeSet::new();
@@ -240,7 +241,7 @@ fn policy(s: &mut Section) -> Policy {
     Policy { default, rules }
 }
 
-fn rule(s: &mut Section) -> Option<Rule> {
+fn rule(s: &mut Section<'_>) -> Option<Rule> {
     s.require("name", "name the rule: a refusal says which one decided");
     s.require("effect", "use \"allow\" or \"deny\"");
     let name = s.text("name");

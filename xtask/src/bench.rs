@@ -9,7 +9,10 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 
 use crate::test::Report;
-use crate::{build_ebpf, packages, process, workspace};
+use crate::{build_ebpf, instructions, packages, process, workspace};
+
+/// The one that runs below a profiler.
+const INSTRUCTIONS: &str = "instructions";
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -33,15 +36,15 @@ pub fn run(args: &Args) -> Result<bool> {
         for bench in &benches {
             println!("{:<16} {}", bench.name, bench.about);
         }
-        if benches.is_empty() {
-            println!("there is no benchmark yet");
-        }
+        println!("{:<16} How many instructions each decision takes, against a table.", INSTRUCTIONS);
         return Ok(true);
     };
+    if name == INSTRUCTIONS {
+        return instructions::run(&args.arguments);
+    }
     if !benches.iter().any(|bench| bench.name == *name) {
         let names: Vec<&str> = benches.iter().map(|bench| bench.name.as_str()).collect();
-        let names = if names.is_empty() { "none yet".to_owned() } else { names.join(" ") };
-        bail!("no benchmark is called {name}; there are: {names}");
+        bail!("no benchmark is called {name}; there are: {INSTRUCTIONS} {}", names.join(" "));
     }
     packages::ensure(&[packages::CC, packages::LIBC_DEV])?;
     build_ebpf::ensure()?;

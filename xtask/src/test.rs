@@ -13,7 +13,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
-use crate::{archive, build_ebpf, packages, process, vm, workspace};
+use crate::{archive, build_ebpf, instructions, packages, process, vm, workspace};
 pub use report::Report;
 
 /// The kernels of the matrix: the series that the ECS-optimised images of Amazon Linux 2023 run.
@@ -137,6 +137,7 @@ fn run_everything(args: &Args, report: &mut Report) -> Result<()> {
     run_units(report)?;
     report.step("tests of the whole", integration(&promised, "*", &[])?)?;
     report.step("examples in the documentation", cargo_test(&["--doc"]))?;
+    instructions::check(report)?;
     if args.no_vm {
         report.skip("the kernel matrix: --no-vm was given");
         return Ok(());

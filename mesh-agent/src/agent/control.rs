@@ -25,6 +25,7 @@ use crate::{
     identity::Identities,
     reconciler::Reconciler,
     state::{Publisher, vip_file},
+    sys::memory,
     telemetry::metrics::Metrics,
 };
 
@@ -119,11 +120,16 @@ impl Control {
             self.publisher.replace(snapshot.clone());
         }
         let again = self.reconciler.turn(&sources.tasks, snapshot);
+        if last.snapshot.generation == 0 {
+            // The first image of all that there is took more than anything later will.
+            memory::give_back();
+        }
         for (map, entries) in self.reconciler.entries() {
             self.metrics.kernel_map(map, entries);
         }
         self.armed.send_replace(Some(self.reconciler.armed_tasks()));
-        tracing::debug!(generation = snapshot.generation, took = ?began.elapsed(), "turn");
+        let took_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        tracing::debug!(generation = snapshot.generation, took_us, "turn");
         again
     }
 }

@@ -8,7 +8,10 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::{check, config, notify::Notify};
 use crate::{
     agent,
-    sys::probe::{self, Settings, Verdict},
+    sys::{
+        memory,
+        probe::{self, Settings, Verdict},
+    },
     telemetry::{self, Telemetry},
 };
 
@@ -31,6 +34,7 @@ pub struct Args {
 /// # Errors
 /// The configuration has faults, or the agent cannot start.
 pub fn run(args: Args) -> anyhow::Result<()> {
+    memory::return_large_blocks();
     let config = config::load(&args.config)?;
     telemetry::init(&config.log)?;
     preflight(&check::settings(&config))?;

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use aws_lc_rs::digest;
 use mesh_core::services;
 use notify::{
     EventKind, RecommendedWatcher, RecursiveMode, Watcher as _,
@@ -21,6 +22,7 @@ use tokio::{
 };
 
 use super::{Report, SourceError, SourceId};
+use crate::sys::memory;
 
 /// Changes closer together than this are one.
 const QUIET: Duration = Duration::from_millis(10);
@@ -41,7 +43,8 @@ pub struct StaticFile {
 
 #[derive(PartialEq, Eq)]
 enum Content {
-    Text(String),
+    /// Its SHA-256: the text itself would weigh as much as what was made of it.
+    Text([u8; 32]),
     Unreadable(io::ErrorKind),
 }
 
@@ -53,9 +56,16 @@ impl StaticFile {
 
     /// Reads the file. `None`: it is as it was the last time.
     pub fn load(&mut self) -> Option<Report> {
+        let report = self.read();
+        // A long file took many times what is left of it.
+        memory::give_back();
+        report
+    }
+
+    fn read(&mut self) -> Option<Report> {
         let read = std::fs::read_to_string(&self.path);
         let content = match &read {
-            Ok(text) => Content::Text(text.clone()),
+            Ok(text) => Content::Text(fingerprint(text)),
             Err(error) => Content::Unreadable(error.kind()),
         };
         if self.last.as_ref() == Some(&content) {
@@ -68,6 +78,17 @@ impl StaticFile {
             Err(source) => Err(SourceError::Read { path, source }),
         };
         Some(Report { source: self.source, outcome, still: None })
+    }
+
+    /// As [`StaticFile::load`], without keeping others waiting.
+    async fn load_aside(mut self) -> Option<(Self, Option<Report>)> {
+        // Fails only while the runtime is being stopped.
+        tokio::task::spawn_blocking(move || {
+            let report = self.load();
+            (self, report)
+        })
+        .await
+        .ok()
     }
 
     /// Sends a report for each change, until nobody listens.
@@ -90,7 +111,9 @@ impl StaticFile {
             if let Err(source) = follow(&mut watcher, &mut watched, &self.path) {
                 tracing::debug!(path = %self.path.display(), error = %source, "a directory of the services file is not watched");
             }
-            if let Some(report) = self.load()
+            let Some((file, report)) = self.load_aside().await else { return };
+            self = file;
+            if let Some(report) = report
                 && reports.send(report).await.is_err()
             {
                 return;
@@ -108,20 +131,29 @@ impl StaticFile {
     }
 
     /// Without inotify the file is looked at now and then.
-    async fn blind(&mut self, source: notify::Error, reports: &mpsc::Sender<Report>) {
+    async fn blind(mut self, source: notify::Error, reports: &mpsc::Sender<Report>) {
         let error = SourceError::Watch { path: self.path.clone(), source };
         if reports.send(Report { source: self.source, outcome: Err(error), still: None }).await.is_err() {
             return;
         }
         loop {
             tokio::time::sleep(LOOK).await;
-            if let Some(report) = self.load()
+            let Some((file, report)) = self.load_aside().await else { return };
+            self = file;
+            if let Some(report) = report
                 && reports.send(report).await.is_err()
             {
                 return;
             }
         }
     }
+}
+
+fn fingerprint(text: &str) -> [u8; 32] {
+    let digest = digest::digest(&digest::SHA256, text.as_bytes());
+    let mut bytes = [0; 32];
+    bytes.copy_from_slice(digest.as_ref());
+    bytes
 }
 
 /// Whether an event may mean new content that is complete. A file that is being written is not: it will be closed.

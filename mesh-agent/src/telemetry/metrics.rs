@@ -3,6 +3,8 @@
 //! Label values are enums, or names from the snapshot; the number of (source, destination) pairs is limited, and what
 //! comes beyond is counted under `other`. Must not know who counts.
 
+mod endpoints;
+
 use std::{
     array,
     collections::HashMap,
@@ -13,13 +15,15 @@ use std::{
 use mesh_common::{maps::counter, refusal::Refusal};
 use mesh_core::{
     id::{ServiceName, TaskId},
-    model::{Health, Snapshot},
+    model::Snapshot,
 };
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder, text::encode},
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::{Registry, Unit},
 };
+
+use endpoints::EndpointCounts;
 
 /// Most (source, destination) pairs told apart.
 const MAX_LINKS: usize = 10_000;
@@ -240,7 +244,6 @@ pub struct Metrics {
     map_entries: Family<Map, Gauge>,
     generation: Gauge<u64, AtomicU64>,
     workloads: Gauge,
-    endpoints: Family<Endpoints, Gauge>,
     source_age: Family<SourceName, Gauge<f64, AtomicU64>>,
     source_answers: Family<SourceName, Counter>,
     source_errors: Family<SourceName, Counter>,
@@ -248,6 +251,7 @@ pub struct Metrics {
     source_services: Family<SourceName, Gauge>,
     registrations: Gauge,
     registrations_behind: Gauge,
+    endpoints: EndpointCounts,
     /// Attempts on another endpoint after one had failed.
     pub retries: Counter,
     /// Access lines that nobody took in time.
@@ -289,7 +293,6 @@ impl Metrics {
             map_entries: Family::default(),
             generation: Gauge::default(),
             workloads: Gauge::default(),
-            endpoints: Family::default(),
             source_age: Family::default(),
             source_answers: Family::default(),
             source_errors: Family::default(),
@@ -297,6 +300,7 @@ impl Metrics {
             source_services: Family::default(),
             registrations: Gauge::default(),
             registrations_behind: Gauge::default(),
+            endpoints: EndpointCounts::default(),
             retries: Counter::default(),
             access_lines_lost: Counter::default(),
         };
@@ -433,26 +437,11 @@ impl Metrics {
         self.map_entries.get_or_create(&Map { map: map.to_owned() }).set(i64::try_from(entries).unwrap_or(i64::MAX));
     }
 
-    /// A snapshot has been published after `last`. Series of pairs whose local task has left are removed.
-    pub fn snapshot(&self, last: &Snapshot, snapshot: &Snapshot) {
+    /// A snapshot has been published. Series of pairs whose local task has left are removed.
+    pub fn snapshot(&self, snapshot: &Arc<Snapshot>) {
         self.generation.set(snapshot.generation);
         self.workloads.set(i64::try_from(snapshot.workloads.len()).unwrap_or(i64::MAX));
-        for (name, service) in snapshot.changed_since(last) {
-            for (health, is) in [
-                (EndpointHealth::Healthy, Health::Healthy),
-                (EndpointHealth::Unhealthy, Health::Unhealthy),
-                (EndpointHealth::Draining, Health::Draining),
-            ] {
-                let labels = Endpoints { service: name.to_string(), health };
-                let Some(service) = service else {
-                    self.endpoints.remove(&labels);
-                    continue;
-                };
-                let endpoints = service.ports.iter().flat_map(|port| &port.endpoints);
-                let count = endpoints.filter(|endpoint| endpoint.health == is).count();
-                self.endpoints.get_or_create(&labels).set(i64::try_from(count).unwrap_or(i64::MAX));
-            }
-        }
+        self.endpoints.set(snapshot);
         self.prune(snapshot);
     }
 
@@ -645,7 +634,7 @@ mod tests {
         let metrics = Metrics::new();
         metrics.link(&key(1)).connection(Outcome::Ok, Duration::from_millis(1));
         assert!(metrics.encode().contains(r#"src_task="t1""#));
-        metrics.snapshot(&Snapshot::default(), &Snapshot::default());
+        metrics.snapshot(&Arc::default());
         assert!(!metrics.encode().contains(r#"src_task="t1""#));
     }
 

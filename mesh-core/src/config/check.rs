@@ -28,7 +28,7 @@ const DYNAMIC_PORTS: u16 = 32_768;
 const RESERVED_PORTS: [u16; 3] = [22, 2375, 2376];
 const HOUR: Duration = Duration::from_secs(3600);
 
-pub(super) fn config(root: &mut Section) -> Option<Config> {
+pub(super) fn config(root: &mut Section<'_>) -> Option<Config> {
     let host = root.section("host", host);
     let enrol = root.section("enrol", enrol);
     let docker = root.section("docker", |s| Docker { socket: path(s, "socket", "/var/run/docker.sock") });
@@ -46,16 +46,16 @@ pub(super) fn config(root: &mut Section) -> Option<Config> {
     Some(Config { host, enrol, docker, kernel, proxy, dns, vip, identity, services_file, discovery, admin, log })
 }
 
-fn path(s: &mut Section, key: &'static str, default: &str) -> PathBuf {
+fn path(s: &mut Section<'_>, key: &'static str, default: &str) -> PathBuf {
     s.path(key).unwrap_or_else(|| default.into())
 }
 
-fn socket(s: &mut Section, key: &'static str, ip: Ipv4Addr, port: u16) -> SocketAddr {
+fn socket(s: &mut Section<'_>, key: &'static str, ip: Ipv4Addr, port: u16) -> SocketAddr {
     let default = SocketAddr::from((ip, port));
     s.parsed(key, &default.to_string()).unwrap_or(default)
 }
 
-fn host(s: &mut Section) -> Host {
+fn host(s: &mut Section<'_>) -> Host {
     let address: Option<IpAddr> = s.parsed("address", "10.0.1.20");
     if let Some(ip) = address.filter(|ip| ip.is_unspecified() || ip.is_multicast()) {
         s.fault("address", format!("other hosts cannot reach {ip}"), "use the host's own address, or leave it out");
@@ -73,7 +73,7 @@ fn host(s: &mut Section) -> Host {
     }
 }
 
-fn enrol(s: &mut Section) -> Enrol {
+fn enrol(s: &mut Section<'_>) -> Enrol {
     Enrol {
         default: s.boolean("default").unwrap_or(true),
         exclude: s.list("exclude", not_empty).unwrap_or_default(),
@@ -87,7 +87,7 @@ pub(crate) fn not_empty(text: &str) -> Result<String, (String, String)> {
     if text.trim().is_empty() { Err(("is empty".into(), "remove it".into())) } else { Ok(text.to_owned()) }
 }
 
-fn kernel(s: &mut Section) -> Kernel {
+fn kernel(s: &mut Section<'_>) -> Kernel {
     // Below half a second a busy host would be taken for a hung agent; a minute of refused connections helps nobody.
     let limit = s.duration("heartbeat_limit", Duration::from_millis(500), Duration::from_secs(60));
     Kernel {
@@ -97,7 +97,7 @@ fn kernel(s: &mut Section) -> Kernel {
     }
 }
 
-fn proxy(s: &mut Section) -> Proxy {
+fn proxy(s: &mut Section<'_>) -> Proxy {
     let (min, max) = (Duration::from_millis(10), Duration::from_secs(300));
     Proxy {
         outbound_port: s.port("outbound_port").unwrap_or(15_001),
@@ -108,7 +108,7 @@ fn proxy(s: &mut Section) -> Proxy {
     }
 }
 
-fn dns(s: &mut Section) -> Dns {
+fn dns(s: &mut Section<'_>) -> Dns {
     let ttl = s.duration("ttl", Duration::ZERO, HOUR).unwrap_or(Duration::from_secs(5));
     if ttl.subsec_nanos() != 0 {
         s.fault("ttl", "DNS knows whole seconds only", "write it like `5s`");
@@ -171,7 +171,7 @@ const TAKEN_V6: [(&str, &str); 5] = [
     ("fd00:ec2::/32", "EC2's metadata, DNS and time"),
 ];
 
-fn vip(s: &mut Section, host: Option<IpAddr>) -> VipRanges {
+fn vip(s: &mut Section<'_>, host: Option<IpAddr>) -> VipRanges {
     let default = "v4 and v6 of [vip] have defaults that parse";
     let mut v4: Ipv4Net = "240.240.0.0/16".parse().expect(default);
     let mut v6: Ipv6Net = "fd65:6373:6d65:7368::/96".parse().expect(default);
@@ -221,7 +221,7 @@ fn vip(s: &mut Section, host: Option<IpAddr>) -> VipRanges {
     VipRanges { v4, v6 }
 }
 
-fn identity(s: &mut Section) -> Option<Identity> {
+fn identity(s: &mut Section<'_>) -> Option<Identity> {
     let required = [
         ("trust_domain", "name it, such as `example.mesh`; the same on all hosts"),
         ("ca_bundle", "make one with `mesh-agent ca init` and give its path"),
@@ -236,7 +236,7 @@ fn identity(s: &mut Section) -> Option<Identity> {
     Some(Identity { trust_domain: trust_domain?, ca_bundle: ca_bundle?, join_token_file: join_token_file?, leaf_ttl })
 }
 
-fn admin(s: &mut Section) -> Admin {
+fn admin(s: &mut Section<'_>) -> Admin {
     let metrics = socket(s, "metrics", Ipv4Addr::LOCALHOST, 15_020);
     if !metrics.ip().to_canonical().is_loopback() {
         let problem = format!("{metrics} can be reached from elsewhere, and nothing there asks who calls");
@@ -245,7 +245,7 @@ fn admin(s: &mut Section) -> Admin {
     Admin { socket: path(s, "socket", "/run/ecs-mesh/admin.sock"), metrics }
 }
 
-fn log(s: &mut Section) -> Log {
+fn log(s: &mut Section<'_>) -> Log {
     let formats = &[("json", LogFormat::Json), ("text", LogFormat::Text)];
     Log {
         level: s.choice("level", LEVELS).unwrap_or("info").to_owned(),
@@ -255,7 +255,7 @@ fn log(s: &mut Section) -> Log {
 }
 
 /// In the host's namespace all four are listened on, so all four differ.
-fn ports(root: &mut Section, proxy: &Proxy, dns: &Dns, admin: &Admin) {
+fn ports(root: &mut Section<'_>, proxy: &Proxy, dns: &Dns, admin: &Admin) {
     let ports = [
         ("proxy.outbound_port", proxy.outbound_port),
         ("proxy.tunnel_listen", proxy.tunnel_listen.port()),

@@ -94,7 +94,7 @@ impl Consul {
 const SOURCES: &[(&str, SourceName)] = &[("file", SourceName::File), ("consul", SourceName::Consul)];
 const HEALTH: &[(&str, Health)] = &[("passing", Health::Passing), ("warning", Health::Warning)];
 
-pub(super) fn discovery(s: &mut Section) -> Discovery {
+pub(super) fn discovery(s: &mut Section<'_>) -> Discovery {
     let source = |text: &str| {
         let found = SOURCES.iter().find(|(word, _)| *word == text).map(|(_, source)| *source);
         found.ok_or_else(|| (format!("`{}` is no source", text.escape_debug()), "use \"file\" or \"consul\"".into()))
@@ -114,7 +114,7 @@ pub(super) fn discovery(s: &mut Section) -> Discovery {
     Discovery { order, consul }
 }
 
-fn consul(s: &mut Section, configured: bool) -> Option<Consul> {
+fn consul(s: &mut Section<'_>, configured: bool) -> Option<Consul> {
     let enabled = s.boolean("enabled").unwrap_or(configured);
     let address = s.text("address").unwrap_or_else(|| "http://127.0.0.1:8500".into());
     let address = base(s, &address);
@@ -158,7 +158,7 @@ fn consul(s: &mut Section, configured: bool) -> Option<Consul> {
 }
 
 /// The base address: scheme, host and port, nothing behind.
-fn base(s: &mut Section, text: &str) -> String {
+fn base(s: &mut Section<'_>, text: &str) -> String {
     let trimmed = text.trim_end_matches('/');
     let rest = trimmed.strip_prefix("http://").or_else(|| trimmed.strip_prefix("https://"));
     let host =
@@ -191,7 +191,7 @@ fn datacenter(text: &str) -> Result<String, (String, String)> {
     }
 }
 
-fn tls(s: &mut Section) -> Tls {
+fn tls(s: &mut Section<'_>) -> Tls {
     let (cert, key) = (s.path("cert_file"), s.path("key_file"));
     if cert.is_some() != key.is_some() {
         let missing = if cert.is_some() { "key_file" } else { "cert_file" };
@@ -200,7 +200,7 @@ fn tls(s: &mut Section) -> Tls {
     Tls { ca_file: s.path("ca_file"), client: cert.zip(key) }
 }
 
-fn registration(s: &mut Section) -> Option<Registration> {
+fn registration(s: &mut Section<'_>) -> Option<Registration> {
     let enabled = s.boolean("enabled").unwrap_or(false);
     let (minute, hour) = (Duration::from_secs(60), Duration::from_secs(3600));
     let registration = Registration {

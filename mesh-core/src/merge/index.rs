@@ -133,6 +133,7 @@ fn number(snapshot: &mut Snapshot, previous: &Snapshot, changes: &[Change], move
     }
     let winners: BTreeSet<&Target> = moves.values().flatten().collect();
     let mut destinations = BTreeMap::new();
+    let mut numbered = Vec::new();
     for target in winners {
         let known = match target {
             Target::Service { service, port } => snapshot.services.get(service).and_then(|service| {
@@ -145,10 +146,13 @@ fn number(snapshot: &mut Snapshot, previous: &Snapshot, changes: &[Change], move
             let number = next(&mut snapshot.last.service, taken);
             Arc::new(Destination { number, target: target.clone() })
         });
-        snapshot.by_service_number.insert(destination.number, destination.clone());
+        numbered.push((destination.number, destination.clone()));
         destinations.insert(target, destination);
     }
-    for (addr, winner) in moves {
+    for (number, destination) in dense(numbered.iter()) {
+        snapshot.by_service_number.insert(*number, destination.clone());
+    }
+    for (addr, winner) in dense(moves.iter()) {
         match winner.as_ref().and_then(|winner| destinations.get(winner)) {
             Some(destination) => snapshot.by_address.insert(*addr, destination.clone()),
             None => snapshot.by_address.remove(addr),
@@ -168,6 +172,12 @@ fn number(snapshot: &mut Snapshot, previous: &Snapshot, changes: &[Change], move
     for number in gone {
         snapshot.by_service_number.remove(&number);
     }
+}
+
+/// Every other one, then those between. A B-tree that is filled in order is left with nodes half empty; those between
+/// fill them up.
+fn dense<T>(sorted: impl Iterator<Item = T> + Clone) -> impl Iterator<Item = T> {
+    sorted.clone().step_by(2).chain(sorted.skip(1).step_by(2))
 }
 
 /// The endpoint as the destination that it is, once for each address that it has.
