@@ -10,8 +10,10 @@ mod only;
 mod status;
 
 use std::{
+    collections::BTreeSet,
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
+    num::NonZero,
     path::Path,
     sync::{
         Arc,
@@ -23,9 +25,10 @@ use std::{
 use ipnet::{Ipv4Net, Ipv6Net};
 use mesh_common::maps::{Knobs, knobs};
 use mesh_core::{
-    config::Config,
-    id::{InvalidName, ServiceName, SpiffeId},
+    config::{Config, discovery::SourceName},
+    id::{InvalidName, ServiceName, SpiffeId, TaskId},
     merge::Merged,
+    task::Task,
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -34,10 +37,17 @@ use tokio::{
 
 use crate::{
     admin::{Admin, AdminError, Handles},
-    discovery::{self, Backend},
+    discovery::{
+        self, Backend,
+        consul::{SetUpError, registrar::Registrar},
+    },
     dns::DnsCounters,
     identity::{Identities, IdentityError},
-    proxy::{Proxy, places::Namespaces},
+    proxy::{
+        self, Proxy,
+        places::Namespaces,
+        workers::{WorkerError, Workers},
+    },
     reconciler::{Reconciler, Servers, StartError, serve_tunnels},
     state::{self, Published},
     sys::{
@@ -50,7 +60,7 @@ use crate::{
     telemetry::{
         Telemetry,
         access::{Access, Destination, Source},
-        metrics::{Direction, DnsOutcome, Outcome, Protocol},
+        metrics::{Direction, DnsOutcome, Outcome, Protocol, SourceFigures},
     },
     transport::{
         dial::{Dialer, Settings, marked_socket},
@@ -86,10 +96,14 @@ pub enum AgentError {
     OwnIdentity(#[from] InvalidName),
     #[error("cannot set up TLS")]
     Tls(#[from] TlsError),
+    #[error(transparent)]
+    Workers(#[from] WorkerError),
     #[error("cannot listen for tunnels on {addr}: free the port, or set `proxy.tunnel_listen`")]
     TunnelPort { addr: SocketAddr, source: io::Error },
     #[error(transparent)]
     Admin(#[from] AdminError),
+    #[error("tasks could never be registered with Consul")]
+    Consul(#[from] SetUpError),
     #[error(transparent)]
     Bpf(#[from] BpfError),
     #[error(transparent)]
@@ -117,7 +131,7 @@ pub async fn run(
 
     // Who and where we are.
     let host = host::facts(&config).await?;
-    let config = Arc::new(host::name_after_cluster(config, &host.cluster));
+    let config = Arc::new(host::name_after_datacenters(host::name_after_cluster(config, &host.cluster)));
     let identities = Identities::open(&config.identity)?;
     let own = SpiffeId::new(&config.identity.trust_domain, &host.cluster, &OWN_SERVICE.parse::<ServiceName>()?)?;
     identities.leaf(&own)?;
@@ -128,7 +142,7 @@ pub async fn run(
 
     // What is known, and who tells it.
     let (publisher, published) = state::publish();
-    let discovery = discovery::run(backends(&config));
+    let discovery = discovery::run(backends(&config), &published.uses);
     let observer = tasks::observe(tasks::Settings {
         socket: config.docker.socket.clone(),
         cgroup_root: Some(host.cgroup_root.clone()),
@@ -137,27 +151,15 @@ pub async fn run(
         own_container: None,
     });
 
+    let registrar = registrar(&config, host.address)?;
+
     // The way of a connection: listeners in namespaces, the proxy, tunnels.
     let namespaces = Arc::new(Namespaces::default());
-    let dialer = Dialer::new(
-        identities.clone(),
-        Settings {
-            connect_timeout: config.proxy.connect_timeout,
-            socket: Arc::new(marked_socket),
-            ..Settings::default()
-        },
-    )?;
-    let proxy = Proxy::new(
-        published.clone(),
-        dialer.clone(),
-        namespaces.clone(),
-        telemetry.clone(),
-        config.proxy.connect_timeout,
-    );
+    let workers = Arc::new(workers(&config, &identities, &published, &namespaces, &telemetry)?);
     let (drain, draining) = watch::channel(false);
     let servers = Servers {
         config: config.clone(),
-        proxy: proxy.clone(),
+        workers: workers.clone(),
         namespaces,
         flows: readers.flows.clone(),
         published: published.clone(),
@@ -179,14 +181,16 @@ pub async fn run(
         published: published.clone(),
         identities: identities.clone(),
         sources: discovery.status.clone(),
+        registered: registrar.as_ref().map(Registrar::status),
         tasks: observer.tasks.clone(),
         connected: observer.connected.clone(),
         armed: armed.clone(),
         counters: readers.counters,
         heart: readers.heart,
     });
-    let figures = figures(&telemetry, &status, &servers.dns_counters, &dialer);
-    let admin = Admin::bind(&config.admin, handles(&config, &published, &proxy, &status, figures, &telemetry)).await?;
+    let figures = figures(&telemetry, &status, &servers.dns_counters, &workers);
+    let admin =
+        Admin::bind(&config.admin, handles(&config, &published, &workers, &status, figures, &telemetry)).await?;
 
     // Attach. From here on, an error must detach again.
     let mut reconciler = Reconciler::new(maps, servers.clone())?;
@@ -207,7 +211,7 @@ pub async fn run(
     // Everything runs.
     let (report, reports) = mpsc::channel(REPORTS);
     let mut running = JoinSet::new();
-    running.spawn(beat(readers.pulse, config.kernel.heartbeat_limit / BEATS_PER_LIMIT));
+    running.spawn(beat(readers.pulse, workers.clone(), config.kernel.heartbeat_limit / BEATS_PER_LIMIT));
     running.spawn(async move {
         if let Err(error) = kernel_events::forward(readers.events, report).await {
             tracing::error!(%error, "kernel reports are not read");
@@ -215,9 +219,11 @@ pub async fn run(
     });
     running.spawn(events::record(reports, published.clone(), telemetry.clone()));
     running.spawn(identities.clone().keep_fresh());
-    running.spawn(proxy.clone().keep_house());
+    let for_registrar = published.clone();
     running.spawn(serve_tunnels(servers.clone(), tunnels, presents(published, own.clone())));
-    running.spawn(tell_ready(armed, ready));
+    running.spawn(tell_ready(armed.clone(), ready));
+    let (withdraw, withdrawing) = watch::channel(false);
+    let registering = tokio::spawn(register(registrar, armed, (for_registrar, observer.tasks.clone()), withdrawing));
     let stopped = drain.subscribe();
     running.spawn(admin.run(async move {
         let mut stopped = stopped;
@@ -241,21 +247,26 @@ pub async fn run(
     };
     let mut control = tokio::spawn(control.run(control_stopped));
 
-    // Stop: listeners first, so that the hooks fail open; then what is under way; then every trace. The reconciler holds
+    // Stop: no other host shall send anything new. Listeners first, so that the hooks fail open; then what is under way; then every trace. The reconciler holds
     // what is armed, and with it the connections, so it is let go last.
     let controlled = tokio::select! {
         () = stop => {
+            withdraw.send_replace(true);
             control_stop.send_replace(true);
             control.await.map_err(Some)
         }
         // Nobody told it to.
         ended = &mut control => Err(ended.err()),
     };
-    tracing::info!(connections = proxy.connections(), "stopping");
-    proxy.drain();
+    tracing::info!(connections = workers.connections(), "stopping");
+    workers.drain();
     drain.send_replace(true);
-    if tokio::time::timeout(config.proxy.drain, proxy.idle()).await.is_err() {
-        tracing::warn!(connections = proxy.connections(), "connections are cut off: they outlasted `proxy.drain`");
+    if tokio::time::timeout(config.proxy.drain, workers.idle()).await.is_err() {
+        tracing::warn!(connections = workers.connections(), "connections are cut off: they outlasted `proxy.drain`");
+    }
+    drop(withdraw);
+    if let Err(error) = registering.await {
+        tracing::error!(%error, "the tasks of this host may still be registered");
     }
     let stopped = controlled.map(drop);
     programs.remove()?;
@@ -265,8 +276,69 @@ pub async fn run(
     Ok(())
 }
 
+/// The threads that carry connections, each with tunnels of its own.
+fn workers(
+    config: &Config,
+    identities: &Identities,
+    published: &Published,
+    namespaces: &Arc<Namespaces>,
+    telemetry: &Telemetry,
+) -> Result<Workers, AgentError> {
+    let settings = Settings {
+        connect_timeout: config.proxy.connect_timeout,
+        socket: Arc::new(marked_socket),
+        ..Settings::default()
+    };
+    let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let count = config.proxy.threads.and_then(|count| usize::try_from(count).ok()).unwrap_or(cpus);
+    let mut first: Option<Arc<Proxy>> = None;
+    Workers::start(count, || {
+        let dialer = Dialer::new(identities.clone(), settings.clone())?;
+        let proxy = match &first {
+            Some(first) => first.sibling(dialer),
+            None => Proxy::new(
+                published.clone(),
+                dialer,
+                namespaces.clone(),
+                telemetry.clone(),
+                config.proxy.connect_timeout,
+            ),
+        };
+        first.get_or_insert(proxy.clone());
+        Ok(proxy)
+    })
+}
+
 fn backends(config: &Config) -> Vec<Backend> {
-    config.services_file.iter().map(|path| Backend::StaticFile { path: path.clone() }).collect()
+    let source = |name: &SourceName| match name {
+        SourceName::File => config.services_file.as_ref().map(|path| Backend::StaticFile { path: path.clone() }),
+        SourceName::Consul => config.discovery.consul.clone().map(|consul| Backend::Consul(Arc::new(consul))),
+    };
+    config.discovery.order.iter().filter_map(source).collect()
+}
+
+fn registrar(config: &Config, host: IpAddr) -> Result<Option<Registrar>, AgentError> {
+    let Some(consul) = &config.discovery.consul else { return Ok(None) };
+    let Some(registration) = &consul.registration else { return Ok(None) };
+    let tunnel = SocketAddr::new(host, config.proxy.tunnel_listen.port());
+    Ok(Some(Registrar::new(&Arc::new(consul.clone()), registration.clone(), tunnel)?))
+}
+
+/// Registers once the tasks of this host are known: before, an empty list means nothing.
+async fn register(
+    registrar: Option<Registrar>,
+    mut armed: watch::Receiver<Option<BTreeSet<TaskId>>>,
+    (published, tasks): (Published, watch::Receiver<Arc<Vec<Task>>>),
+    mut withdrawing: watch::Receiver<bool>,
+) {
+    let Some(registrar) = registrar else { return };
+    let known = tokio::select! {
+        known = armed.wait_for(Option::is_some) => known.is_ok(),
+        _ = withdrawing.wait_for(|stop| *stop) => false,
+    };
+    if known {
+        registrar.run(published, tasks, withdrawing).await;
+    }
 }
 
 fn failed_tunnels(telemetry: &Telemetry) -> Arc<dyn Fn(crate::transport::accept::Failed) + Send + Sync> {
@@ -305,12 +377,12 @@ fn presents(published: Published, own: SpiffeId) -> Arc<Presents> {
 fn handles(
     config: &Config,
     published: &Published,
-    proxy: &Arc<Proxy>,
+    workers: &Arc<Workers>,
     status: &Arc<StatusSource>,
     figures: impl Fn() + Send + Sync + 'static,
     telemetry: &Telemetry,
 ) -> Handles {
-    let (load, now, draw) = (proxy.clone(), proxy.clone(), proxy.clone());
+    let (load, now) = (workers.clone(), workers.clone());
     let (for_status, for_ready) = (status.clone(), status.clone());
     let metrics = telemetry.metrics.clone();
     Handles {
@@ -323,7 +395,7 @@ fn handles(
         ready: Arc::new(move || for_ready.ready()),
         load: Arc::new(move |endpoint| load.load(endpoint)),
         now: Arc::new(move || now.now()),
-        draw: Arc::new(move || draw.draw()),
+        draw: Arc::new(proxy::draw),
         dns: config.dns.clone(),
         vips: config.vip.clone(),
     }
@@ -334,9 +406,9 @@ fn figures(
     telemetry: &Telemetry,
     status: &Arc<StatusSource>,
     dns: &Arc<DnsCounters>,
-    dialer: &Dialer,
+    workers: &Arc<Workers>,
 ) -> impl Fn() + Send + Sync + 'static {
-    let (metrics, status, dns, dialer) = (telemetry.metrics.clone(), status.clone(), dns.clone(), dialer.clone());
+    let (metrics, status, dns, workers) = (telemetry.metrics.clone(), status.clone(), dns.clone(), workers.clone());
     move || {
         let total = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         metrics.kernel(&status.counters());
@@ -347,7 +419,20 @@ fn figures(
             (DnsOutcome::Overload, total(&dns.overload)),
             (DnsOutcome::Malformed, total(&dns.garbage)),
         ]);
-        let tunnels = dialer.figures();
+        for (name, source) in status.source_figures() {
+            let figures = SourceFigures {
+                age: source.last_answer().map(|at| at.elapsed()),
+                answers: total(&source.answers),
+                errors: total(&source.errors),
+                watches: source.watches.load(Ordering::Relaxed),
+                services: source.services.load(Ordering::Relaxed),
+            };
+            metrics.source(&name, &figures);
+        }
+        if let Some((count, all)) = status.registrations() {
+            metrics.registered(count, all);
+        }
+        let tunnels = workers.tunnels();
         metrics.tunnels(tunnels.handshakes, tunnels.connections, tunnels.streams);
     }
 }
@@ -392,21 +477,20 @@ impl From<Ipv6Net> for Ipv6Prefix {
     }
 }
 
-/// Shows the hooks that the runtime is alive. A runtime that hangs does not get here.
-async fn beat(mut pulse: Pulse, every: Duration) {
+/// Shows the hooks that the agent is alive. A runtime that hangs does not get here, nor does one that waits for a worker
+/// that hangs.
+async fn beat(mut pulse: Pulse, workers: Arc<Workers>, every: Duration) {
     let mut ticks = tokio::time::interval(every);
     loop {
         ticks.tick().await;
+        workers.answered().await;
         if let Err(error) = pulse.beat() {
             tracing::error!(%error, "cannot give a sign of life; the kernel will take the agent for dead");
         }
     }
 }
 
-async fn tell_ready(
-    mut armed: watch::Receiver<Option<std::collections::BTreeSet<mesh_core::id::TaskId>>>,
-    ready: impl FnOnce(),
-) {
+async fn tell_ready(mut armed: watch::Receiver<Option<BTreeSet<TaskId>>>, ready: impl FnOnce()) {
     if armed.wait_for(Option::is_some).await.is_ok() {
         ready();
     }

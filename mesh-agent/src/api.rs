@@ -102,6 +102,9 @@ pub struct Certificate {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Source {
     pub name: String,
+    /// How it is, where more than a file is behind it.
+    #[serde(default)]
+    pub state: Option<String>,
     /// When it was last read in full. RFC 3339, UTC.
     pub last_load: Option<String>,
     /// Why the last reading failed; the last good one is still in use.
@@ -383,6 +386,8 @@ fn protocol(protocol: model::Protocol) -> &'static str {
     match protocol {
         model::Protocol::Auto => "auto",
         model::Protocol::Http => "http",
+        model::Protocol::Http2 => "http2",
+        model::Protocol::Grpc => "grpc",
         model::Protocol::Tcp => "tcp",
     }
 }

@@ -3,21 +3,38 @@
 //! The seam for registries: a backend is a task that sends [`Report`]s on one channel. Sets are not merged here (that
 //! is `mesh-core::merge`). Must not know what a set is used for.
 
+pub mod consul;
 pub mod static_file;
 
-use std::{collections::BTreeMap, fmt, path::PathBuf, time::SystemTime};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::{Instant, SystemTime},
+};
 
-use mesh_core::{config::Fault, services::ServiceSet};
+use mesh_core::{
+    config::{Fault, discovery as config},
+    services::ServiceSet,
+};
 use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
 };
+
+use crate::state::uses::Uses;
 
 /// A backend as configured. The order of backends is their precedence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Backend {
     /// The file of services, endpoints and policy.
     StaticFile { path: PathBuf },
+    /// A Consul agent.
+    Consul(Arc<config::Consul>),
 }
 
 /// Names a backend: its place in the order of precedence, from 0.
@@ -29,6 +46,8 @@ pub struct SourceId(pub usize);
 pub struct Report {
     pub source: SourceId,
     pub outcome: Result<ServiceSet, SourceError>,
+    /// What is still wrong with a part of a set that is there.
+    pub still: Option<String>,
 }
 
 /// A backend could not give a set. The last good one stays.
@@ -40,16 +59,55 @@ pub enum SourceError {
     Invalid { path: PathBuf, faults: Vec<Fault> },
     #[error("cannot watch {}: is fs.inotify.max_user_watches exhausted?", .path.display())]
     Watch { path: PathBuf, source: notify::Error },
+    #[error("{what} cannot be had, what was learnt last stays in use")]
+    Consul { what: String, source: consul::Trouble },
+    #[error("Consul cannot be asked")]
+    ConsulSetUp(#[source] consul::SetUpError),
+}
+
+/// What a backend that asks over the network counts.
+#[derive(Debug, Default)]
+pub struct Figures {
+    last_answer: Mutex<Option<Instant>>,
+    pub answers: AtomicU64,
+    pub errors: AtomicU64,
+    /// Questions that wait for news.
+    pub watches: AtomicUsize,
+    pub services: AtomicUsize,
+}
+
+impl Figures {
+    fn answered(&self) {
+        *self.last_answer.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        self.answers.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn failed(&self) {
+        self.errors.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// When the last answer came.
+    pub fn last_answer(&self) -> Option<Instant> {
+        *self.last_answer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// How a backend is doing.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct SourceStatus {
     pub backend: Backend,
     /// When the set in use was loaded; `None`: never.
     pub loaded_at: Option<SystemTime>,
     /// Why the newest attempt gave no set; `None`: it did.
     pub error: Option<String>,
+    /// `None`: nothing is asked over the network.
+    pub figures: Option<Arc<Figures>>,
+}
+
+impl PartialEq for SourceStatus {
+    fn eq(&self, other: &Self) -> bool {
+        (&self.backend, self.loaded_at, &self.error) == (&other.backend, other.loaded_at, &other.error)
+    }
 }
 
 /// The running backends. They stop when this is dropped.
@@ -61,8 +119,8 @@ pub struct Discovery {
     _running: JoinSet<()>,
 }
 
-/// Runs `backends`. What a file holds now is there when this returns.
-pub fn run(backends: Vec<Backend>) -> Discovery {
+/// Runs `backends`. What a file holds now is there when this returns. `uses` says what is to be kept freshest.
+pub fn run(backends: Vec<Backend>, uses: &Uses) -> Discovery {
     let (reports, mut incoming) = mpsc::channel::<Report>(16);
     let mut collected = Collected::new(&backends);
     let mut running = JoinSet::new();
@@ -75,6 +133,10 @@ pub fn run(backends: Vec<Backend>) -> Discovery {
                     collected.take(report, SystemTime::now());
                 }
                 running.spawn(file.watch(reports.clone()));
+            }
+            Backend::Consul(consul) => {
+                let figures = collected.figures(source);
+                running.spawn(consul::run(consul, source, reports.clone(), figures, uses.listen()));
             }
         }
     }
@@ -103,10 +165,19 @@ impl Collected {
     fn new(backends: &[Backend]) -> Self {
         let status = backends
             .iter()
-            .map(|backend| SourceStatus { backend: backend.clone(), loaded_at: None, error: None })
+            .map(|backend| SourceStatus {
+                backend: backend.clone(),
+                loaded_at: None,
+                error: None,
+                figures: matches!(backend, Backend::Consul(_)).then(Arc::default),
+            })
             .collect();
         let by_source = (0..backends.len()).map(|place| (SourceId(place), ServiceSet::default())).collect();
         Self { by_source, status }
+    }
+
+    fn figures(&self, source: SourceId) -> Arc<Figures> {
+        self.status.get(source.0).and_then(|status| status.figures.clone()).unwrap_or_default()
     }
 
     /// Whether a set changed.
@@ -114,9 +185,14 @@ impl Collected {
         let Some(status) = self.status.get_mut(report.source.0) else { return false };
         match report.outcome {
             Ok(set) => {
-                status.loaded_at = Some(now);
-                status.error = None;
-                tracing::info!(source = %status.backend, services = set.services.len(), "services loaded");
+                let first = status.loaded_at.replace(now).is_none() || status.error.is_some() && report.still.is_none();
+                status.error = report.still;
+                // A registry has something new all the time.
+                if first || status.figures.is_none() {
+                    tracing::info!(source = %status.backend, services = set.services.len(), "services loaded");
+                } else {
+                    tracing::debug!(source = %status.backend, services = set.services.len(), "services loaded");
+                }
                 let last = self.by_source.entry(report.source).or_default();
                 let set = set.sharing(last);
                 let changed = set != *last;
@@ -146,6 +222,7 @@ impl fmt::Display for Backend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::StaticFile { path } => write!(f, "file {}", path.display()),
+            Self::Consul(consul) => write!(f, "consul {}", consul.address),
         }
     }
 }

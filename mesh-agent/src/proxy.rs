@@ -8,6 +8,7 @@
 pub mod inbound;
 pub mod outbound;
 pub mod places;
+pub mod workers;
 
 mod copy;
 mod detect;
@@ -29,7 +30,7 @@ use mesh_core::{balance::Load, model::EndpointId};
 use tokio::sync::watch;
 
 use crate::{state::Published, telemetry::Telemetry, transport::dial::Dialer};
-use http::pool::Pool;
+use http::{http1, http2};
 use loads::Loads;
 use places::Namespaces;
 use seen::Seen;
@@ -37,16 +38,19 @@ use seen::Seen;
 /// How often idle upstream connections are looked through.
 const SWEEP: Duration = Duration::from_secs(1);
 
-/// What every connection needs. One per agent, shared.
+/// What every connection needs. One per worker; siblings share what all connections decide together.
 pub struct Proxy {
     published: Published,
     dialer: Dialer,
     namespaces: Arc<Namespaces>,
     telemetry: Telemetry,
     connect_timeout: Duration,
-    loads: Loads,
-    pool: Pool,
-    seen: Seen,
+    loads: Arc<Loads>,
+    /// Upstream connections of HTTP/1.1 that are idle.
+    pool: http1::pool::Pool,
+    /// Upstream connections of HTTP/2.
+    requests: http2::pool::Pool,
+    seen: Arc<Seen>,
     clock: Instant,
     /// True from the moment on which no new work is taken.
     drain: watch::Sender<bool>,
@@ -72,17 +76,37 @@ impl Proxy {
             namespaces,
             telemetry,
             connect_timeout,
-            loads: Loads::default(),
-            pool: Pool::default(),
-            seen: Seen::default(),
+            loads: Arc::default(),
+            pool: http1::pool::Pool::default(),
+            requests: http2::pool::Pool::default(),
+            seen: Arc::default(),
             clock: Instant::now(),
             drain: watch::Sender::new(false),
             live: watch::Sender::new(0),
         })
     }
 
+    /// Another one of the same agent, with upstreams and tunnels of its own.
+    #[must_use]
+    pub fn sibling(&self, dialer: Dialer) -> Arc<Self> {
+        Arc::new(Self {
+            published: self.published.clone(),
+            dialer,
+            namespaces: self.namespaces.clone(),
+            telemetry: self.telemetry.clone(),
+            connect_timeout: self.connect_timeout,
+            loads: self.loads.clone(),
+            pool: http1::pool::Pool::default(),
+            requests: http2::pool::Pool::default(),
+            seen: self.seen.clone(),
+            clock: self.clock,
+            drain: self.drain.clone(),
+            live: self.live.clone(),
+        })
+    }
+
     /// Keeps house until the writer of snapshots is gone: forgets endpoints that have left, closes idle upstreams,
-    /// publishes the snapshot's figures. To be spawned once.
+    /// publishes the snapshot's figures. To be spawned for each sibling.
     pub async fn keep_house(self: Arc<Self>) {
         let mut published = self.published.clone();
         loop {
@@ -96,16 +120,20 @@ impl Proxy {
                         Ok(()) => break,
                         Err(_gone) => return,
                     },
-                    () = tokio::time::sleep(SWEEP) => self.pool.sweep(),
+                    () = tokio::time::sleep(SWEEP) => {
+                        self.pool.sweep();
+                        self.requests.sweep();
+                    }
                 }
             }
         }
     }
 
-    /// Takes no new connection from now on; HTTP connections end after their present request.
+    /// Takes no new connection from now on, and neither do its siblings; HTTP connections end after their present request.
     pub fn drain(&self) {
         self.drain.send_replace(true);
         self.pool.clear();
+        self.requests.clear();
     }
 
     /// Waits until no connection is under way.
@@ -115,7 +143,7 @@ impl Proxy {
         drop(live.wait_for(|live| *live == 0).await);
     }
 
-    /// How many connections are under way.
+    /// How many connections are under way, siblings' included.
     pub fn connections(&self) -> usize {
         *self.live.borrow()
     }
@@ -128,11 +156,6 @@ impl Proxy {
     /// Monotonic time since the proxy was made; the time in [`Load`].
     pub fn now(&self) -> Duration {
         self.clock.elapsed()
-    }
-
-    /// A uniformly drawn number, for the balancer.
-    pub fn draw(&self) -> u64 {
-        draw()
     }
 
     fn live(self: &Arc<Self>) -> Live {
@@ -148,6 +171,6 @@ impl Drop for Live {
 }
 
 /// A uniformly drawn number. Good enough to balance by; no secret depends on it.
-fn draw() -> u64 {
+pub fn draw() -> u64 {
     fastrand::u64(..)
 }

@@ -158,6 +158,7 @@ impl Reconciler {
         // One that is back under its old path is another one.
         self.gone.retain(|path| observed.contains(path.as_path()) && !path.exists());
         self.forget_replaced_cgroups();
+        self.follow_renamed(tasks);
         self.home_host_tasks(snapshot);
         for action in reconcile::reconcile(tasks, snapshot, &self.armed(), &self.gone) {
             let Err(error) = self.perform(&action) else { continue };
@@ -180,6 +181,18 @@ impl Reconciler {
         }
         self.failures += 1;
         Some(if self.failures < PATIENCE { RETRY } else { LEISURE })
+    }
+
+    /// A namespace is first known by a process's path, later by docker's: the same one stays armed, without a moment in
+    /// which it is not.
+    fn follow_renamed(&mut self, tasks: &[Task]) {
+        for task in tasks {
+            let (Some(netns), Some(held)) = (&task.netns, self.spaces.get_mut(&task.id)) else { continue };
+            if held.armed.netns != *netns && Netns::open(netns).is_ok_and(|now| now.cookie() == held.space.cookie()) {
+                tracing::debug!(task = task.id.as_str(), netns = %netns.display(), "namespace goes by another path");
+                held.armed.netns.clone_from(netns);
+            }
+        }
     }
 
     /// A container that is started again has a new cgroup, under the same path. It may be there before anybody has

@@ -2,6 +2,7 @@
 //!
 //! Must not know how a snapshot is made or used.
 
+pub mod uses;
 pub mod vip_file;
 
 use std::sync::Arc;
@@ -10,11 +11,15 @@ use arc_swap::ArcSwap;
 use mesh_core::model::Snapshot;
 use tokio::sync::watch;
 
+use uses::Uses;
+
 /// A handle to read the current snapshot, and to learn of the next.
 #[derive(Clone)]
 pub struct Published {
     current: Arc<ArcSwap<Snapshot>>,
     generation: watch::Receiver<u64>,
+    /// What its readers look up, for whoever decides what has to be freshest in the next one.
+    pub uses: Uses,
 }
 
 /// The one writer.
@@ -27,7 +32,10 @@ pub struct Publisher {
 pub fn publish() -> (Publisher, Published) {
     let current = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
     let (sender, receiver) = watch::channel(0);
-    (Publisher { current: current.clone(), generation: sender }, Published { current, generation: receiver })
+    (
+        Publisher { current: current.clone(), generation: sender },
+        Published { current, generation: receiver, uses: Uses::default() },
+    )
 }
 
 impl Published {

@@ -7,6 +7,8 @@ pub mod access;
 pub mod fields;
 pub mod metrics;
 
+mod lines;
+
 use std::{str::FromStr as _, sync::Arc};
 
 use mesh_core::config::{Log, LogFormat};

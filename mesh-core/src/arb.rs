@@ -183,16 +183,23 @@ fn endpoint_entry() -> impl Strategy<Value = EndpointEntry> {
         "[::ffff:10.90.1.12]:80",
     ]);
     let agent = prop::option::of(prop::sample::select(vec!["10.90.1.10:15008", "10.90.1.11:15008"]));
-    (prop::sample::select(vec![80_u16, 6379, 8080]), addr, agent, prop::sample::select(vec![0_u32, 1, 100])).prop_map(
-        |(port, addr, agent, weight)| EndpointEntry {
-            port: Some(port),
+    (
+        prop::sample::select(vec![80_u16, 6379, 8080]),
+        addr,
+        agent,
+        prop::sample::select(vec![0_u32, 1, 100]),
+        prop::bool::weighted(0.2),
+    )
+        .prop_map(|(port, addr, agent, weight, alias)| EndpointEntry {
+            port: if alias { Some(80) } else { Some(port) },
             addr: addr.parse().expect("valid"),
             agent: agent.map(|agent| agent.parse().expect("valid")),
             identity: None,
             weight,
             zone: None,
-        },
-    )
+            alias,
+            attributes: Arc::default(),
+        })
 }
 
 fn service_set() -> impl Strategy<Value = ServiceSet> {
@@ -210,14 +217,14 @@ fn service_set() -> impl Strategy<Value = ServiceSet> {
     (services, prop::option::of(policy())).prop_map(|(services, policy)| {
         let entry = |(name, (ports, endpoints, tls, on_agent_death)): (ServiceName, _)| {
             let families = if name.as_str() == "world" { vec!["world-v1".into()] } else { Vec::new() };
-            ServiceEntry { name, ports, endpoints, tls, on_agent_death, families }
+            ServiceEntry { name, ports, endpoints, tls, on_agent_death, families, alone: false }
         };
         ServiceSet { policy: policy.map(Arc::new), ..ServiceSet::of(services.into_iter().map(entry)) }
     })
 }
 
 fn protocol() -> impl Strategy<Value = Protocol> {
-    prop::sample::select(vec![Protocol::Auto, Protocol::Http, Protocol::Tcp])
+    prop::sample::select(vec![Protocol::Auto, Protocol::Http, Protocol::Http2, Protocol::Grpc, Protocol::Tcp])
 }
 
 /// A host with some of a few tasks, and up to two sources about some of a few services.

@@ -14,6 +14,7 @@ use crate::{
 };
 
 pub(crate) mod check;
+pub mod discovery;
 
 /// One thing wrong with a document, where, and what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -38,6 +39,7 @@ pub struct Config {
     pub identity: Identity,
     /// The static file of services; watched.
     pub services_file: Option<PathBuf>,
+    pub discovery: discovery::Discovery,
     pub admin: Admin,
     pub log: Log,
 }
@@ -92,6 +94,8 @@ pub struct Proxy {
     pub connect_timeout: Duration,
     /// How long existing connections may finish on stop; default 5 s.
     pub drain: Duration,
+    /// Threads that carry connections. `None`: one for each CPU that the agent may use.
+    pub threads: Option<u32>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -102,6 +106,8 @@ pub struct Dns {
     pub ttl: Duration,
     /// Suffixes under which services are known besides the bare name, e.g. `mesh`, `service.consul`.
     pub suffixes: Vec<String>,
+    /// Suffixes of other datacenters, and which: `world.service.dc2.consul`. Follows from `[discovery.consul]`.
+    pub datacenters: Vec<(String, String)>,
     /// Whether AAAA questions for mesh names are answered with the IPv6 VIP; default false.
     pub ipv6: bool,
     /// How long an upstream resolver may take; default 5 s.

@@ -321,6 +321,7 @@ fn nearest(key: &str, known: &BTreeSet<&'static str>) -> Option<&'static str> {
         ("domain", "trust_domain"),
         ("ca", "ca_bundle"),
         ("join_token", "join_token_file"),
+        ("token", "token_file"),
         ("ttl", "leaf_ttl"),
         ("path", "file"),
         ("addr", "address"),

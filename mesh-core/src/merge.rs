@@ -207,6 +207,8 @@ struct Definition<'a> {
     on_agent_death: Option<OnAgentDeath>,
     /// Whether somebody really serves port 80, so that it is no alias.
     has_80: bool,
+    /// A source has said that it alone counts.
+    alone: bool,
 }
 
 impl<'a> Definition<'a> {
@@ -216,6 +218,10 @@ impl<'a> Definition<'a> {
         let mut defined = local.is_some_and(|ports| !ports.is_empty());
         for entry in sets.iter().filter_map(|set| set.services.get(name)) {
             defined = true;
+            if definition.alone {
+                break;
+            }
+            definition.alone = entry.alone;
             for port in &entry.ports {
                 let merged = definition.ports.entry(port.port).or_insert(*port);
                 merged.target = merged.target.or(port.target);
@@ -224,7 +230,7 @@ impl<'a> Definition<'a> {
             definition.endpoints.extend(&entry.endpoints);
             definition.tls = definition.tls.or(entry.tls);
             definition.on_agent_death = definition.on_agent_death.or(entry.on_agent_death);
-            definition.has_80 |= entry.endpoints.iter().any(|e| e.port.unwrap_or(e.addr.port()) == 80);
+            definition.has_80 |= entry.endpoints.iter().any(|e| !e.alias && e.port.unwrap_or(e.addr.port()) == 80);
         }
         defined.then_some(definition)
     }
@@ -284,6 +290,15 @@ fn ports(
 /// The service port that a registered endpoint serves: the named one, the only one, or the one of its own number.
 fn port_of(entry: &EndpointEntry, definition: &Definition<'_>) -> Option<u16> {
     let own = entry.addr.port();
+    if entry.alias {
+        let defined = |port: u16| definition.ports.contains_key(&port).then_some(port);
+        return match (entry.port, definition.ports.len()) {
+            (_, 0) => (!definition.has_80).then_some(80),
+            (None, 1) => definition.ports.keys().next().copied(),
+            (Some(_), _) => defined(80),
+            (None, _) => defined(80).or(defined(entry.addr.port())),
+        };
+    }
     match (entry.port, definition.ports.len()) {
         (Some(port), _) => Some(port),
         (None, 0) => Some(own),
@@ -292,8 +307,8 @@ fn port_of(entry: &EndpointEntry, definition: &Definition<'_>) -> Option<u16> {
     }
 }
 
-/// A registered endpoint. Where it is a task of this host, the task itself is believed, and only its weight is taken
-/// from the registry. `None` when it claims to be behind this host's agent and is not: the registry is stale. `own` is
+/// A registered endpoint. Where it is a task of this host, the task itself is believed, and only its weight and
+/// attributes are taken from the registry. `None` when it claims to be behind this host's agent and is not: the registry is stale. `own` is
 /// the identity of the service.
 fn registered(
     sources: &Sources<'_>,
@@ -303,10 +318,11 @@ fn registered(
 ) -> Option<Arc<Endpoint>> {
     let addr = canonical(entry.addr);
     if let Some(local) = locals.at(addr) {
-        if local.weight == entry.weight {
+        if local.weight == entry.weight && local.attributes == entry.attributes {
             return Some(local.clone());
         }
-        return Some(Arc::new(Endpoint { weight: entry.weight, ..Endpoint::clone(local) }));
+        let (weight, attributes) = (entry.weight, entry.attributes.clone());
+        return Some(Arc::new(Endpoint { weight, attributes, ..Endpoint::clone(local) }));
     }
     let agent = entry.agent.map(canonical);
     if agent == Some(canonical(sources.tunnel)) {
@@ -321,6 +337,7 @@ fn registered(
         weight: entry.weight,
         zone: entry.zone.as_deref().map(Arc::from),
         task: None,
+        attributes: entry.attributes.clone(),
     }))
 }
 

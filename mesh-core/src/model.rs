@@ -18,6 +18,7 @@ use crate::{
     addr::Vip,
     id::{ServiceName, SpiffeId, TaskId},
     policy::Policy,
+    services::Attributes,
     task::NetworkMode,
 };
 
@@ -95,8 +96,12 @@ pub struct ServicePort {
 pub enum Protocol {
     /// To be detected per connection.
     Auto,
-    /// HTTP/1.1: each request is balanced by itself.
+    /// HTTP: each request is balanced by itself. Clients choose the version.
     Http,
+    /// The same; operators mean HTTP/2 without TLS (h2c).
+    Http2,
+    /// The same; operators mean gRPC over HTTP/2 without TLS.
+    Grpc,
     /// A byte stream.
     Tcp,
 }
@@ -121,6 +126,8 @@ pub struct Endpoint {
     pub zone: Option<Arc<str>>,
     /// Task, where the source knows it.
     pub task: Option<TaskId>,
+    /// Tags and meta of the registry that knows it.
+    pub attributes: Arc<Attributes>,
 }
 
 /// How an endpoint is reached.

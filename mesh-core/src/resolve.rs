@@ -2,9 +2,12 @@
 //!
 //! Must not know DNS's wire format, nor who asked.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{borrow::Cow, net::IpAddr, sync::Arc, time::Duration};
 
-use crate::model::{Protocol, Service, ServicePort, Snapshot};
+use crate::{
+    id::ServiceName,
+    model::{Protocol, Service, ServicePort, Snapshot},
+};
 
 /// A question about a name, in terms of the mesh.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,13 +54,15 @@ pub enum Answer {
 pub struct Naming<'a> {
     /// From the configuration, e.g. `mesh`, `service.consul`; the first one is the canonical one.
     pub suffixes: &'a [String],
+    /// Suffixes of other datacenters, and which.
+    pub datacenters: &'a [(String, String)],
     pub ttl: Duration,
     pub ipv6: bool,
 }
 
 /// Answers a question. `name` is as asked, in any case, with or without the final dot.
 ///
-/// Mesh names are `<service>` and `<service>.<suffix>`, and for SRV also `_http._tcp.<name>`, `_<port>._tcp.<name>`
+/// Mesh names are `<service>`, `<service>.<suffix>` and `<tag>.<service>.<suffix>`, and for SRV also `_http._tcp.<name>`, `_<port>._tcp.<name>`
 /// and Consul's `_<service>._tcp.<suffix>`. All names under the first suffix belong to the mesh alone; a name under
 /// another suffix that no service has is left to the resolver that the application had asked.
 pub fn answer(snapshot: &Snapshot, naming: &Naming<'_>, name: &str, question: Question) -> Answer {
@@ -101,13 +106,56 @@ fn normal(name: &str) -> String {
 }
 
 fn find<'a>(snapshot: &'a Snapshot, naming: &Naming<'_>, name: &str) -> Option<&'a Arc<Service>> {
-    let label = match name.split_once('.') {
-        None => name,
-        Some((label, suffix)) if naming.suffixes.iter().any(|known| known == suffix) => label,
-        Some(_) => return None,
+    let Some((label, rest)) = name.split_once('.') else {
+        // RFC 6761: this name is never anybody else's.
+        return if name == "localhost" { None } else { snapshot.services.get(name) };
     };
-    // RFC 6761: this name is never anybody else's.
-    if label == "localhost" { None } else { snapshot.services.get(label) }
+    if let Some(datacenter) = naming.below(rest) {
+        return if label == "localhost" { None } else { snapshot.services.get(&*datacenter.name(label)?) };
+    }
+    // `v2.world.service.consul`: the instances of a service that bear a tag.
+    let (service, suffix) = rest.split_once('.')?;
+    let service = of_tag(&service.parse().ok()?, label)?;
+    snapshot.services.get(&*naming.below(suffix)?.name(service.as_str())?)
+}
+
+/// Where a name's suffix leads.
+enum Datacenter<'a> {
+    Home,
+    Other(&'a str),
+}
+
+impl Datacenter<'_> {
+    fn name<'a>(&self, service: &'a str) -> Option<Cow<'a, str>> {
+        match self {
+            Self::Home => Some(service.into()),
+            Self::Other(datacenter) => {
+                of_datacenter(&service.parse().ok()?, datacenter).map(|name| name.to_string().into())
+            }
+        }
+    }
+}
+
+impl<'a> Naming<'a> {
+    fn below(&self, suffix: &str) -> Option<Datacenter<'a>> {
+        if self.suffixes.iter().any(|known| known == suffix) {
+            return Some(Datacenter::Home);
+        }
+        let other = self.datacenters.iter().find(|(known, _)| known == suffix);
+        other.map(|(_, datacenter)| Datacenter::Other(datacenter))
+    }
+}
+
+/// The name in the mesh of those instances of a service that bear a tag: a service of its own, `world--tag-v2`.
+/// `None` where the tag is no DNS label, or the name too long.
+pub fn of_tag(service: &ServiceName, tag: &str) -> Option<ServiceName> {
+    let tag: ServiceName = tag.to_ascii_lowercase().parse().ok()?;
+    format!("{service}--tag-{tag}").parse().ok()
+}
+
+/// The name in the mesh of another datacenter's service.
+pub fn of_datacenter(service: &ServiceName, datacenter: &str) -> Option<ServiceName> {
+    format!("{service}--dc-{}", datacenter.replace('_', "-")).parse().ok()
 }
 
 /// `_http._tcp.world.mesh` to `http` and the service (RFC 2782). UDP and others have nothing here.
@@ -123,6 +171,7 @@ fn instance<'a>(snapshot: &'a Snapshot, naming: &Naming<'_>, name: &str) -> Opti
 fn serves(label: &str, service: &Service, port: &ServicePort) -> bool {
     match label {
         "http" => port.protocol != Protocol::Tcp,
+        "grpc" if port.protocol == Protocol::Grpc => true,
         label => label == service.name.as_str() || label.parse() == Ok(port.port),
     }
 }

@@ -41,6 +41,8 @@ pub struct ServiceEntry {
     pub on_agent_death: Option<OnAgentDeath>,
     /// Local tasks of these families belong to the service; empty: the family that bears its name.
     pub families: Vec<String>,
+    /// What sources of lower precedence say about the service does not count.
+    pub alone: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +64,17 @@ pub struct EndpointEntry {
     pub identity: Option<SpiffeId>,
     pub weight: u32,
     pub zone: Option<String>,
+    /// The port is not one that somebody chose but the one that clients use who were told none: 80, unless the service
+    /// really serves that one, or the only one that is defined.
+    pub alias: bool,
+    pub attributes: Arc<Attributes>,
+}
+
+/// What a registry knows of an endpoint besides. Mostly the same for many endpoints, so shared.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Attributes {
+    pub tags: BTreeSet<String>,
+    pub meta: BTreeMap<String, String>,
 }
 
 impl ServiceSet {
@@ -91,10 +104,15 @@ impl ServiceSet {
 /// Weight of an endpoint that names none.
 pub const DEFAULT_WEIGHT: u32 = 100;
 /// Keeps sums over many endpoints far from overflow.
-const MAX_WEIGHT: u32 = 1_000_000;
+pub(crate) const MAX_WEIGHT: u32 = 1_000_000;
 
-const PROTOCOL_WORDS: &[(&str, Protocol)] =
-    &[("auto", Protocol::Auto), ("http", Protocol::Http), ("tcp", Protocol::Tcp)];
+const PROTOCOL_WORDS: &[(&str, Protocol)] = &[
+    ("auto", Protocol::Auto),
+    ("http", Protocol::Http),
+    ("http2", Protocol::Http2),
+    ("grpc", Protocol::Grpc),
+    ("tcp", Protocol::Tcp),
+];
 const EFFECT_WORDS: &[(&str, Effect)] = &[("allow", Effect::Allow), ("deny", Effect::Deny)];
 
 /// Parses and checks a static file.
@@ -140,7 +158,8 @@ fn service(s: &mut Section<'_>) -> Option<ServiceEntry> {
             s.fault("endpoint", format!("{} is there twice", entry.addr), "remove one of them");
         }
     }
-    Some(ServiceEntry { name: name?, ports, endpoints, tls, on_agent_death, families })
+    let alone = s.boolean("override").unwrap_or(false);
+    Some(ServiceEntry { name: name?, ports, endpoints, tls, on_agent_death, families, alone })
 }
 
 fn port(s: &mut Section<'_>) -> Option<PortEntry> {
@@ -182,7 +201,8 @@ fn endpoint(s: &mut Section<'_>, ports: Option<&[PortEntry]>) -> Option<Endpoint
         s.fault("zone", "is empty", "name the zone, or leave it out");
     }
     let weight = s.number("weight", 0, MAX_WEIGHT).unwrap_or(DEFAULT_WEIGHT);
-    Some(EndpointEntry { port, addr: addr?, agent, identity, weight, zone })
+    let (alias, attributes) = (false, Arc::default());
+    Some(EndpointEntry { port, addr: addr?, agent, identity, weight, zone, alias, attributes })
 }
 
 /// An address that can be connected to.

@@ -3,6 +3,7 @@
 //! Needs root, Docker and the programs that `cargo xtask test` installs.
 
 mod faults;
+mod http2;
 mod identity;
 mod lifecycle;
 mod names;

@@ -462,10 +462,13 @@ fn image(cluster: &Cluster) -> Result<Image> {
     let programs = [
         ("/usr/bin/curl", "curl"),
         ("/usr/bin/dig", "dig"),
+        ("/usr/bin/h2load", "h2load"),
+        ("/usr/bin/nghttp", "nghttp"),
         ("/usr/bin/mariadb", "mariadb"),
         ("/usr/bin/redis-cli", "redis-cli"),
         ("/usr/bin/redis-check-rdb", "redis-server"),
         ("/usr/sbin/mariadbd", "mariadbd"),
+        ("/usr/sbin/nghttpd", "nghttpd"),
         ("/usr/sbin/nginx", "nginx"),
         (peer, "peer"),
     ];

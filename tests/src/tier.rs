@@ -18,6 +18,8 @@ pub enum Tier {
     Kernel,
     /// A Docker daemon may be started.
     Docker,
+    /// A Consul server may be started.
+    Consul,
 }
 
 impl Tier {
@@ -27,6 +29,7 @@ impl Tier {
             Self::Netns => "netns",
             Self::Kernel => "kernel",
             Self::Docker => "docker",
+            Self::Consul => "consul",
         }
     }
 }
@@ -75,6 +78,7 @@ fn probe(tier: Tier) -> Result<(), String> {
         Tier::Netns => NETNS.get_or_init(probe_netns).clone(),
         Tier::Kernel => KERNEL.get_or_init(probe_kernel).clone(),
         Tier::Docker => DOCKER.get_or_init(probe_docker).clone(),
+        Tier::Consul => crate::consul::program().map(drop),
     }
 }
 

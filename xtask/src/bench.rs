@@ -1,6 +1,8 @@
 //! `bench`: runs one named benchmark and shows its figures. A benchmark is a bench target of the `benches` crate; it
 //! measures, prints `FIGURE name value unit` lines, and exits non-zero when a bound that it promises does not hold.
 
+mod peers;
+
 use std::fs;
 use std::path::Path;
 
@@ -16,8 +18,8 @@ const INSTRUCTIONS: &str = "instructions";
 pub struct Args {
     /// Which one; without a name they are listed
     name: Option<String>,
-    /// What to pass on to it
-    #[arg(last = true)]
+    /// What to pass on to it; `--help` after its name lists what it takes
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<String>,
 }
 
@@ -47,7 +49,12 @@ pub fn run(args: &Args) -> Result<bool> {
     packages::ensure(&[packages::CC, packages::LIBC_DEV])?;
     build_ebpf::ensure()?;
     let mut cargo = process::cargo();
-    cargo.args(["bench", "--package", "mesh-benches", "--bench", name, "--"]).args(&args.arguments);
+    // What cannot be set up is said before the first build, and not at all for somebody who only asks for help.
+    if name == "peers" && !args.arguments.iter().any(|argument| argument == "--help") {
+        peers::prepare(&mut cargo)?;
+    }
+    cargo.args(["bench", "--package", "mesh-benches", "--bench", name, "--"]);
+    cargo.args(args.arguments.iter().filter(|argument| *argument != "--"));
     let mut report = Report::default();
     report.step(name, cargo)?;
     Ok(report.finish_figures())

@@ -1,6 +1,7 @@
 //! The project's own commands: build the kernel object, test, check, measure, demonstrate.
 //! It reads files and runs programs; it must not depend on any crate of the mesh, so that it builds before them.
 
+mod archive;
 mod bench;
 mod build_ebpf;
 mod demo;

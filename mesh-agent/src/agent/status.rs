@@ -5,7 +5,7 @@
 use std::{
     collections::BTreeSet,
     net::IpAddr,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use super::host::HostFacts;
 use crate::{
     api,
-    discovery::{Backend, SourceStatus},
+    discovery::{Figures, SourceStatus, consul::registrar::Registered},
     identity::Identities,
     state::Published,
     sys::maps::{Counters, Heart},
@@ -29,6 +29,8 @@ pub(super) struct StatusSource {
     pub published: Published,
     pub identities: Identities,
     pub sources: watch::Receiver<Vec<SourceStatus>>,
+    /// `None`: nothing is registered anywhere.
+    pub registered: Option<watch::Receiver<Registered>>,
     pub tasks: watch::Receiver<Arc<Vec<Task>>>,
     pub connected: watch::Receiver<bool>,
     pub armed: watch::Receiver<Option<BTreeSet<TaskId>>>,
@@ -82,7 +84,7 @@ impl StatusSource {
             tasks: self.tasks(),
             kernel: self.counters.read().map(|counters| api::Kernel::of(&counters)).unwrap_or_default(),
             certificates: self.certificates(),
-            sources: self.sources.borrow().iter().map(source).collect(),
+            sources: self.sources.borrow().iter().map(source).chain(self.registration()).collect(),
         }
     }
 
@@ -102,6 +104,28 @@ impl StatusSource {
         shown.collect()
     }
 
+    fn registration(&self) -> Option<api::Source> {
+        let registered = self.registered.as_ref()?.borrow().clone();
+        Some(api::Source {
+            name: "consul registration".into(),
+            state: Some(format!("{} instances of this host", registered.count)),
+            last_load: registered.at.and_then(api::timestamp),
+            last_error: registered.error,
+        })
+    }
+
+    /// What sources that are asked over the network count, for the metrics.
+    pub(super) fn source_figures(&self) -> Vec<(String, Arc<Figures>)> {
+        let sources = self.sources.borrow();
+        sources.iter().filter_map(|it| Some((it.backend.to_string(), it.figures.clone()?))).collect()
+    }
+
+    /// Instances registered, and whether all of them are; `None`: nothing is registered anywhere.
+    pub(super) fn registrations(&self) -> Option<(usize, bool)> {
+        let registered = self.registered.as_ref()?.borrow();
+        Some((registered.count, registered.error.is_none()))
+    }
+
     fn certificates(&self) -> Vec<api::Certificate> {
         let leafs = self.identities.status();
         let shown = leafs.into_iter().map(|leaf| api::Certificate {
@@ -114,9 +138,16 @@ impl StatusSource {
 }
 
 fn source(status: &SourceStatus) -> api::Source {
-    let Backend::StaticFile { path } = &status.backend;
+    let state = status.figures.as_ref().map(|figures| {
+        let age = figures
+            .last_answer()
+            .map_or("no answer yet".into(), |at| format!("answer {} s ago", at.elapsed().as_secs()));
+        let (services, watches) = (figures.services.load(Relaxed), figures.watches.load(Relaxed));
+        format!("{services} services, {watches} watches, {age}, {} errors", figures.errors.load(Relaxed))
+    });
     api::Source {
-        name: format!("file {}", path.display()),
+        name: status.backend.to_string(),
+        state,
         last_load: status.loaded_at.and_then(api::timestamp),
         last_error: status.error.clone(),
     }

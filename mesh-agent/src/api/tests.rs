@@ -24,6 +24,7 @@ pub(crate) fn snapshot() -> Snapshot {
             weight: 100,
             zone: Some("a".into()),
             task: None,
+            attributes: Arc::default(),
         })
     };
     let local = Reach::Local {
@@ -111,7 +112,12 @@ pub(crate) fn status() -> Status {
             not_after: timestamp(SystemTime::UNIX_EPOCH + Duration::from_millis(1_800_000_000_999)),
             last_error: None,
         }],
-        sources: vec![Source { name: "docker".into(), last_load: None, last_error: Some("cannot connect".into()) }],
+        sources: vec![Source {
+            name: "docker".into(),
+            state: None,
+            last_load: None,
+            last_error: Some("cannot connect".into()),
+        }],
     }
 }
 
@@ -153,7 +159,7 @@ fn status_is_golden() {
             "not_after": "2027-01-15T08:00:00Z",
             "last_error": null
         }],
-        "sources": [{ "name": "docker", "last_load": null, "last_error": "cannot connect" }]
+        "sources": [{ "name": "docker", "state": null, "last_load": null, "last_error": "cannot connect" }]
     });
     check(&status(), golden);
 }

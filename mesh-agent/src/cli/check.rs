@@ -5,13 +5,15 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
-use mesh_core::config::Config;
+use mesh_core::config::{Config, discovery};
 
 use super::{Out, Outcome, config, table::table};
 use crate::{
     api,
+    discovery::consul::check,
     sys::probe::{self, Finding, Settings},
 };
 
@@ -36,6 +38,7 @@ pub fn run(args: &Args, out: &mut Out) -> anyhow::Result<Outcome> {
             let config = config::load(file)?;
             findings.push(Finding::ok("configuration", file.display().to_string()));
             findings.extend(config.services_file.as_deref().map(services_file));
+            findings.extend(config.discovery.consul.clone().map(consul));
             settings(&config)
         }
         None => defaults()?,
@@ -84,6 +87,25 @@ fn services_file(file: &Path) -> Finding {
             "the mesh knows only this host's tasks until it is there",
         ),
         Err(error) => Finding::fail(name, format!("cannot read {}: {error}", file.display()), "correct its mode"),
+    }
+}
+
+/// Asks Consul as the agent would. An agent starts without it too.
+fn consul(config: discovery::Consul) -> Finding {
+    let name = "Consul";
+    let address = config.address.clone();
+    let asked = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map(|runtime| runtime.block_on(check::check(Arc::new(config))));
+    match asked {
+        Ok(Ok(found)) => Finding::ok(name, found),
+        Ok(Err(error)) => {
+            let error = anyhow::Error::new(error);
+            let remedy = "until it answers, the mesh knows only what other sources say";
+            Finding::warn(name, format!("{error:#}"), remedy)
+        }
+        Err(error) => Finding::warn(name, format!("{address} is not asked: {error}"), "try again"),
     }
 }
 
@@ -140,6 +162,16 @@ this host cannot run the agent yet";
         let settings = defaults().expect("the built-in example parses");
         assert_eq!(settings.tunnel_listen.port(), 15008);
         assert_eq!(settings.join_token, None);
+    }
+
+    #[test]
+    fn consul_is_asked_and_not_needed() {
+        let text = "[identity]\ntrust_domain = \"t\"\nca_bundle = \"/x\"\njoin_token_file = \"/x\"\n\
+                    [discovery.consul]\naddress = \"http://127.0.0.1:9\"\n";
+        let config = mesh_core::config::parse(text).expect("parses");
+        let found = consul(config.discovery.consul.expect("configured"));
+        assert_eq!(found.verdict, probe::Verdict::Warn, "{found}");
+        assert!(found.found.starts_with("cannot reach Consul at http://127.0.0.1:9"), "{found}");
     }
 
     #[test]

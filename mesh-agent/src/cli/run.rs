@@ -1,6 +1,6 @@
 //! `run`: the daemon.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
@@ -14,6 +14,13 @@ use crate::{
     },
     telemetry::{self, Telemetry},
 };
+
+/// For everything but connections, which have threads of their own: news of tasks and services, DNS, administration. Two,
+/// so that a long piece of work does not hold up DNS.
+const CONTROL_THREADS: usize = 2;
+
+/// For the last access lines to be written when the agent ends.
+const LAST_LINES: Duration = Duration::from_secs(1);
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -32,8 +39,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     telemetry::init(&config.log)?;
     preflight(&check::settings(&config))?;
     let telemetry = Telemetry::new(&config.log).context("cannot start the access log")?;
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(CONTROL_THREADS)
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
     runtime.block_on(async {
         let notify = Arc::new(Notify::from_env());
         let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
@@ -52,8 +62,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
                 notify.ready();
             }
         };
-        agent::run(config, telemetry, ready, stop).await?;
-        Ok(())
+        let access = telemetry.access.clone();
+        let ended = agent::run(config, telemetry, ready, stop).await;
+        access.flush(LAST_LINES);
+        Ok(ended?)
     })
 }
 

@@ -51,8 +51,11 @@ fn describe(status: &Status) -> String {
     let certificates =
         status.certificates.iter().map(|it| [it.identity.clone(), or_none(&it.not_after), or_none(&it.last_error)]);
     parts.push(section("no certificate", ["CERTIFICATE OF", "NOT AFTER", "LAST ERROR"], certificates.collect()));
-    let sources = status.sources.iter().map(|it| [it.name.clone(), or_none(&it.last_load), or_none(&it.last_error)]);
-    parts.push(section("no source of services", ["SOURCE", "LAST LOAD", "LAST ERROR"], sources.collect()));
+    let sources = status
+        .sources
+        .iter()
+        .map(|it| [it.name.clone(), or_none(&it.state), or_none(&it.last_load), or_none(&it.last_error)]);
+    parts.push(section("no source of services", ["SOURCE", "STATE", "LAST LOAD", "LAST ERROR"], sources.collect()));
     parts.join("\n\n")
 }
 
@@ -126,7 +129,12 @@ mod tests {
             }],
             kernel: api::Kernel { redirected: 3, ..Default::default() },
             certificates: vec![],
-            sources: vec![api::Source { name: "docker".into(), last_load: None, last_error: Some("gone".into()) }],
+            sources: vec![api::Source {
+                name: "docker".into(),
+                state: None,
+                last_load: None,
+                last_error: Some("gone".into()),
+            }],
         }
     }
 
@@ -146,8 +154,8 @@ web-1  web     web      bridge  yes    spiffe://demo.mesh/ns/demo/sa/web
 
 no certificate
 
-SOURCE  LAST LOAD  LAST ERROR
-docker  -          gone";
+SOURCE  STATE  LAST LOAD  LAST ERROR
+docker  -      -          gone";
         assert_eq!(describe(&status()), expected);
     }
 

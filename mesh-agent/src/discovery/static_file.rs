@@ -77,7 +77,7 @@ impl StaticFile {
             Ok(text) => services::parse(&text).map_err(|faults| SourceError::Invalid { path, faults }),
             Err(source) => Err(SourceError::Read { path, source }),
         };
-        Some(Report { source: self.source, outcome })
+        Some(Report { source: self.source, outcome, still: None })
     }
 
     /// As [`StaticFile::load`], without keeping others waiting.
@@ -133,7 +133,7 @@ impl StaticFile {
     /// Without inotify the file is looked at now and then.
     async fn blind(mut self, source: notify::Error, reports: &mpsc::Sender<Report>) {
         let error = SourceError::Watch { path: self.path.clone(), source };
-        if reports.send(Report { source: self.source, outcome: Err(error) }).await.is_err() {
+        if reports.send(Report { source: self.source, outcome: Err(error), still: None }).await.is_err() {
             return;
         }
         loop {

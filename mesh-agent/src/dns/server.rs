@@ -221,11 +221,19 @@ impl Shared {
         };
         if let Some(question) = query.question {
             let config = &self.context.config;
-            let naming = Naming { suffixes: &config.suffixes, ttl: config.ttl, ipv6: config.ipv6 };
+            let naming = Naming {
+                suffixes: &config.suffixes,
+                datacenters: &config.datacenters,
+                ttl: config.ttl,
+                ipv6: config.ipv6,
+            };
             let snapshot = self.context.published.load();
             let answer = resolve::answer(&snapshot, &naming, &query.name, question);
             if let Some(reply) = query.reply(&answer, snapshot.generation) {
                 count(&counters.mesh);
+                if let Some(service) = resolve::service(&snapshot, &naming, &query.name) {
+                    self.context.published.uses.note(&service.name);
+                }
                 return Step::Say(reply);
             }
         }

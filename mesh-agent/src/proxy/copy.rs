@@ -118,9 +118,8 @@ impl Flow {
     ) -> Result<(), Broken> {
         while self.state == State::Open {
             if !self.left.is_empty() {
-                match to.poll_write(cx, &self.left) {
+                match to.poll_send(cx, &mut self.left) {
                     Poll::Ready(Ok(n)) if n > 0 => {
-                        self.left.advance(n);
                         self.total += n as u64;
                         count(n);
                     }
@@ -154,6 +153,14 @@ impl Flow {
         to: &mut End,
         count: &impl Fn(usize),
     ) -> Poll<io::Result<()>> {
+        if let End::Tunnel(tunnel) = from {
+            // What it hands over is its own memory: nothing to copy, and the caller writes it.
+            match ready!(tunnel.poll_data(cx))? {
+                Some(data) => self.left = data,
+                None => self.eof = true,
+            }
+            return Poll::Ready(Ok(()));
+        }
         SCRATCH.with_borrow_mut(|scratch| {
             let size = match self.total {
                 0..LARGE_AFTER => FIRST_READ,
@@ -232,6 +239,16 @@ impl End {
             },
             Self::Moving => Poll::Ready(Ok(0)),
         }
+    }
+
+    /// Writes from the front of `data`, which a tunnel takes over without a copy.
+    fn poll_send(&mut self, cx: &mut Context<'_>, data: &mut Bytes) -> Poll<io::Result<usize>> {
+        if let Self::Tunnel(tunnel) = self {
+            return tunnel.poll_send(cx, data);
+        }
+        let written = ready!(self.poll_write(cx, data))?;
+        data.advance(written);
+        Poll::Ready(Ok(written))
     }
 
     fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -1,4 +1,4 @@
-//! Whether the first bytes of a client begin an HTTP/1 request. Pure: bytes in, verdict out.
+//! Whether the first bytes of a client begin an HTTP/1 request or HTTP/2. Pure: bytes in, verdict out.
 //!
 //! Biased to "no": what is taken for a byte stream still works, only without balancing by request; what is taken for
 //! HTTP and is none would break. Must not know what follows from the verdict.
@@ -8,6 +8,8 @@
 pub(super) enum Verdict {
     /// They begin with a whole HTTP/1 request line.
     Http,
+    /// They begin with HTTP/2's preface.
+    Http2,
     /// They can never become one.
     Opaque,
     /// More bytes can still make them one.
@@ -21,6 +23,11 @@ const LONGEST_METHOD: usize = 24;
 
 /// Judges the first bytes of a connection.
 pub(super) fn judge(bytes: &[u8]) -> Verdict {
+    match begins_http2(bytes) {
+        Some(true) => return Verdict::Http2,
+        Some(false) => {}
+        None => return Verdict::More,
+    }
     // Robust servers ignore an empty line before a request (RFC 9112 §2.2), so some clients send one.
     let bytes = match bytes {
         [b'\r', b'\n', rest @ ..] => rest,
@@ -44,6 +51,12 @@ pub(super) fn judge(bytes: &[u8]) -> Verdict {
         return Verdict::Opaque;
     }
     judge_version(&rest[target + 1..])
+}
+
+/// Whether the first bytes of a server are the frame with which HTTP/2 begins (RFC 9113 §3.4): SETTINGS, no acknowledgement, on
+/// no stream. Servers may send it before they have heard the client.
+pub(super) fn is_http2_server(bytes: &[u8]) -> bool {
+    matches!(bytes, [0, high, low, 4, 0, 0, 0, 0, 0, ..] if u16::from_be_bytes([*high, *low]).is_multiple_of(6))
 }
 
 /// Whether a connection begins with HTTP/2's preface (RFC 9113 §3.4); `None` when more bytes are needed. No HTTP/1.1
@@ -108,7 +121,8 @@ mod tests {
             b"get key\r\n",
             b"SELECT 1\r\n",
             b"EHLO world\r\n",
-            b"PRI * HTTP/2.0\r\n",
+            b"PRI * HTTP/2.1\r\n",
+            b"PRI / HTTP/2.0\r\n",
             b"GET / HTTP/2",
             b"GET / HTTP/1.5",
             b"GET /\r\n",
@@ -127,9 +141,28 @@ mod tests {
         let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
         for end in 0..preface.len() {
             assert_eq!(begins_http2(&preface[..end]), (end >= 16).then_some(true), "{end}");
+            check(&preface[..end], if end >= 16 { Verdict::Http2 } else { Verdict::More });
         }
         for other in ["G", "PU", "PO", "PRI / HTTP/1.1\r\n", "\r\nPRI", "PRI * HTTP/2.1\r\n"] {
             assert_eq!(begins_http2(other.as_bytes()), Some(false), "{other:?}");
+        }
+    }
+
+    #[test]
+    fn an_http2_server_that_speaks_first_is_told_from_others() {
+        for settings in [&b"\0\0\0\x04\0\0\0\0\0"[..], b"\0\0\x12\x04\0\0\0\0\0\0\x03\0\0\0\x64"] {
+            assert!(is_http2_server(settings));
+            assert!(!is_http2_server(&settings[..8]));
+        }
+        for other in [
+            // MariaDB, SSH, SMTP, an acknowledgement, a length that is no number of settings.
+            &b"J\0\0\0\x0a8.0.36\0\x08"[..],
+            b"SSH-2.0-OpenSSH_9",
+            b"220 mail ESMTP",
+            b"\0\0\0\x04\x01\0\0\0\0",
+            b"\0\0\x05\x04\0\0\0\0\0",
+        ] {
+            assert!(!is_http2_server(other));
         }
     }
 

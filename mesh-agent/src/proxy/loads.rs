@@ -16,7 +16,7 @@ use mesh_core::{
 
 /// An endpoint that nobody has measured is taken for fast, so that it is tried soon also by a client that sends one
 /// request at a time; those in flight keep too many from going there at once.
-const UNMEASURED: Load =
+pub(super) const UNMEASURED: Load =
     Load { rtt: Duration::ZERO, at: Duration::ZERO, in_flight: 0, failures: 0, ejected_until: Duration::ZERO };
 
 /// Loads by endpoint.

@@ -3,11 +3,11 @@
 //! ```text
 //! accept → original destination → service port
 //!   protocol tcp  → plan, connect, copy
-//!   protocol http → requests, each planned by itself; HTTP/2 that the client begins unasked → copy
+//!   protocol http, http2, grpc → requests, each planned by itself; the client's first bytes tell the version
 //!   protocol auto → whichever side speaks first decides:
-//!       client, a request line   → requests; an upstream already open becomes the first pooled one
+//!       client, a request line or HTTP/2's preface → requests; an upstream already open becomes the first pooled one
 //!       client, anything else    → copy
-//!       server, or either ends   → copy
+//!       server, or either ends   → copy; only one that greets as HTTP/2 does leaves the word to the client
 //! ```
 //!
 //! Detection never stalls: the upstream is opened at the latest when the port's patience (see `seen`) is over, and from
@@ -23,22 +23,19 @@ use mesh_core::{
     model::{Protocol as Spoken, Workload},
     plan,
 };
-use tokio::{
-    io::AsyncReadExt as _,
-    net::{TcpListener, TcpStream},
-    task::JoinSet,
-};
+use tokio::{io::AsyncReadExt as _, net::TcpStream, sync::watch, task::JoinSet};
 
 use super::{
     Proxy, copy,
     detect::{self, Verdict},
-    http,
+    http::{http1, http2},
     route::{self, Route, Upstream},
     seen::Spoke,
     wire::{self, Wire},
+    workers::Workers,
 };
 use crate::{
-    sys::flows::Flows,
+    sys::{flows::Flows, socket::Acceptor},
     telemetry::{
         access::{Access, Destination, Source},
         metrics::{Direction, Outcome, Protocol},
@@ -47,6 +44,8 @@ use crate::{
 
 /// A client that has begun something like a request line and pauses for this long speaks something else.
 const PAUSE: Duration = Duration::from_millis(200);
+/// How long a client of a server that has greeted in HTTP/2 may take to begin.
+const GREETED: Duration = Duration::from_secs(10);
 /// Pause after the system has refused to accept, usually for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Most requests' heads fit.
@@ -79,26 +78,31 @@ pub enum Originals {
     Fixed(SocketAddr),
 }
 
-/// Accepts on `listener` until the proxy drains, then returns when the last connection has ended. Dropping the future
-/// closes the listener and cuts its connections: a socket of ours would keep the namespace of a task alive that has
-/// gone.
-pub async fn serve(proxy: Arc<Proxy>, listener: TcpListener, place: Place) {
+/// Accepts on `listener` until `drain` turns true or its sender is gone, then returns when the last connection has ended.
+/// Dropping the future closes the listener and cuts its connections: a socket of ours would keep the namespace of a task
+/// alive that has gone.
+pub async fn serve(workers: Arc<Workers>, listener: Acceptor, place: Place, mut drain: watch::Receiver<bool>) {
     if let Err(error) = wire::tune(&listener) {
         tracing::warn!(%error, "cannot set socket options on a listener");
     }
     let place = Arc::new(place);
-    let mut drain = proxy.drain.subscribe();
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             Some(_ended) = connections.join_next() => continue,
-            // The sender lives in the proxy that we hold.
+            // A sender that is gone means the same.
             _ = drain.wait_for(|drain| *drain) => break,
         };
         match accepted {
             Ok((client, peer)) => {
-                connections.spawn(carry(proxy.clone(), place.clone(), client, peer));
+                let place = place.clone();
+                workers.spawn(&mut connections, |proxy| async move {
+                    match TcpStream::from_std(client) {
+                        Ok(client) => carry(proxy, place, client, peer).await,
+                        Err(error) => tracing::warn!(%error, "cannot watch a connection"),
+                    }
+                });
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot accept connections");
@@ -128,12 +132,13 @@ async fn carry(proxy: Arc<Proxy>, place: Arc<Place>, client: TcpStream, peer: So
     let client = Wire::tcp(client);
     match protocol.unwrap_or(Spoken::Tcp) {
         Spoken::Tcp => stream(&route, client, None).await,
-        Spoken::Http => match begins_http2(&route, client).await {
-            (false, client) => http::serve(route, client, None).await,
-            (true, client) => stream(&route, client, None).await,
+        Spoken::Http | Spoken::Http2 | Spoken::Grpc => match begins_http2(&route, client).await {
+            (false, client) => http1::serve(route, client, None).await,
+            (true, client) => http2::serve(route, client, None).await,
         },
         Spoken::Auto => match detect(&route, client).await {
-            Detected::Http(client, spare) => http::serve(route, client, spare).await,
+            Detected::Http(client, spare) => http1::serve(route, client, spare).await,
+            Detected::Http2(client, spare) => http2::serve(route, client, spare).await,
             Detected::Stream(client, opened) => stream(&route, client, opened).await,
         },
     }
@@ -204,8 +209,7 @@ async fn stream(route: &Route, client: Wire, opened: Option<Opened>) {
     }
 }
 
-/// Whether a client of an HTTP port begins with HTTP/2, as gRPC does: that is carried as a byte stream, because to be
-/// balanced by connection is better than to be refused.
+/// Whether a client of an HTTP port begins with HTTP/2, as gRPC does.
 async fn begins_http2(route: &Route, mut client: Wire) -> (bool, Wire) {
     let mut said = BytesMut::new();
     let mut drain = route.proxy.drain.subscribe();
@@ -225,6 +229,7 @@ async fn begins_http2(route: &Route, mut client: Wire) -> (bool, Wire) {
 
 enum Detected {
     Http(Wire, Option<Upstream>),
+    Http2(Wire, Option<Upstream>),
     Stream(Wire, Option<Opened>),
 }
 
@@ -241,10 +246,10 @@ async fn detect(route: &Route, mut client: Wire) -> Detected {
         && let Ok(heard) = tokio::time::timeout(patience, hear(&mut client, &mut said)).await
     {
         let client = client.rewound(said.freeze());
-        if heard == Heard::Http {
+        if heard.is_http() {
             note(Spoke::Http);
             access.discard();
-            return Detected::Http(client, None);
+            return Detected::requests(heard, client, None);
         }
         note(Spoke::ClientFirst);
         let upstream = route.open(&mut access).await;
@@ -259,10 +264,10 @@ async fn detect(route: &Route, mut client: Wire) -> Detected {
             tokio::select! {
                 opened = &mut opening => break Some(opened),
                 now = hear(&mut client, &mut said), if heard.is_none() => {
-                    if now == Heard::Http {
+                    heard = Some(now);
+                    if now.is_http() {
                         break None;
                     }
-                    heard = Some(now);
                 }
             }
         }
@@ -271,7 +276,7 @@ async fn detect(route: &Route, mut client: Wire) -> Detected {
         None => {
             note(Spoke::Http);
             access.discard();
-            return Detected::Http(client.rewound(said.freeze()), None);
+            return Detected::requests(heard.unwrap_or(Heard::Other), client.rewound(said.freeze()), None);
         }
         Some(Err(refusal)) => return Detected::Stream(client, Some(Opened(access, Err(refusal)))),
         Some(Ok(upstream)) => upstream,
@@ -283,15 +288,15 @@ async fn detect(route: &Route, mut client: Wire) -> Detected {
         None => tokio::select! {
             biased;
             heard = hear(&mut client, &mut said) => Some(heard),
-            () = poll_fn(|cx| upstream.wire.poll_speaks(cx)) => None,
+            () = greeted(&mut upstream.wire) => None,
         },
     };
     let client = client.rewound(said.freeze());
     match heard {
-        Some(Heard::Http) => {
+        Some(heard @ (Heard::Http | Heard::Http2)) => {
             note(Spoke::Http);
             access.discard();
-            return Detected::Http(client, Some(upstream));
+            return Detected::requests(heard, client, Some(upstream));
         }
         Some(Heard::Other) => note(Spoke::ClientFirst),
         None => note(Spoke::ServerFirst),
@@ -299,12 +304,37 @@ async fn detect(route: &Route, mut client: Wire) -> Detected {
     Detected::Stream(client, Some(Opened(access, Ok(upstream))))
 }
 
+/// Waits until a server has spoken first. HTTP/2 servers do so too, without waiting for anybody; what follows then is
+/// still the client's to say, who does not wait either.
+async fn greeted(upstream: &mut Wire) {
+    poll_fn(|cx| upstream.poll_speaks(cx)).await;
+    if upstream.begins(detect::is_http2_server).await {
+        tokio::time::sleep(GREETED).await;
+    }
+}
+
+impl Detected {
+    fn requests(heard: Heard, client: Wire, spare: Option<Upstream>) -> Self {
+        match heard {
+            Heard::Http2 => Self::Http2(client, spare),
+            Heard::Http | Heard::Other => Self::Http(client, spare),
+        }
+    }
+}
+
 /// What a client says.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Heard {
     Http,
+    Http2,
     /// Something else, or its end.
     Other,
+}
+
+impl Heard {
+    fn is_http(self) -> bool {
+        matches!(self, Self::Http | Self::Http2)
+    }
 }
 
 /// Reads into `said` until it is clear what the client speaks. Cancelling loses nothing.
@@ -312,6 +342,7 @@ async fn hear(client: &mut Wire, said: &mut BytesMut) -> Heard {
     loop {
         match detect::judge(said) {
             Verdict::Http => return Heard::Http,
+            Verdict::Http2 => return Heard::Http2,
             Verdict::Opaque => return Heard::Other,
             Verdict::More => {}
         }

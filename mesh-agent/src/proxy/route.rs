@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// Endpoints that one connection or request may try.
-pub(super) const MAX_TRIES: usize = 3;
+const MAX_TRIES: usize = 3;
 
 /// A client and the service port it wants; as long as its connection.
 pub(super) struct Route {
@@ -38,6 +38,14 @@ pub(super) struct Route {
     /// The service's port that was asked for, and the number that the kernel knows it by.
     pub(super) port: u16,
     pub(super) port_id: u32,
+}
+
+/// The endpoints that one connection or request has tried.
+#[derive(Default)]
+pub(super) struct Attempts {
+    tried: Vec<EndpointId>,
+    /// Why the last one failed.
+    last: Option<Refusal>,
 }
 
 /// A connected upstream.
@@ -61,7 +69,7 @@ impl Route {
     }
 
     /// Decides where it goes now.
-    pub(super) fn plan(&self, tried: &[EndpointId]) -> Result<Plan, Refusal> {
+    fn plan(&self, tried: &[EndpointId]) -> Result<Plan, Refusal> {
         let proxy = &self.proxy;
         let ask = plan::Outbound {
             source: &self.source,
@@ -83,28 +91,25 @@ impl Route {
     /// Plans and connects for a byte stream, going on to other endpoints while that fails. All that can be known of its
     /// response time is how long the connection took.
     pub(super) async fn open(&self, access: &mut Access) -> Result<Upstream, Refusal> {
-        let mut tried = Vec::new();
-        let mut last = None;
+        let mut attempts = Attempts::default();
         loop {
-            let plan = self.plan(&tried).map_err(|refusal| last.unwrap_or(refusal))?;
-            note(access, &plan);
+            let plan = attempts.plan(self, access)?;
+            let endpoint = plan.endpoint.clone();
             let began = self.proxy.now();
-            match self.connect(plan, &mut tried).await {
+            match self.connect(plan).await {
                 Ok(upstream) => {
                     let now = self.proxy.now();
                     upstream.in_flight.succeeded(now.saturating_sub(began), now);
                     return Ok(upstream);
                 }
-                Err(refusal) if tried.len() >= MAX_TRIES || !worth_another(refusal) => return Err(refusal),
-                Err(refusal) => last = Some(refusal),
+                Err(refusal) => attempts.failed(self, &endpoint.id, refusal)?,
             }
-            self.proxy.telemetry.metrics.retries.inc();
         }
     }
 
-    /// Carries out one plan. A failure is charged to the endpoint, which is put among the `tried`; a success is not
-    /// credited yet, because an application that accepts and then fails must not look well.
-    pub(super) async fn connect(&self, plan: Plan, tried: &mut Vec<EndpointId>) -> Result<Upstream, Refusal> {
+    /// Carries out one plan. A failure is charged to the endpoint; a success is not credited yet, because an
+    /// application that accepts and then fails must not look well.
+    pub(super) async fn connect(&self, plan: Plan) -> Result<Upstream, Refusal> {
         let proxy = &self.proxy;
         let in_flight = proxy.loads.start(&plan.endpoint.id);
         match self.wire(&plan.delivery).await {
@@ -113,7 +118,6 @@ impl Route {
                 if worth_another(refusal) {
                     in_flight.failed(proxy.now(), draw());
                 }
-                tried.push(plan.endpoint.id);
                 Err(refusal)
             }
         }
@@ -145,6 +149,29 @@ impl Route {
     }
 }
 
+impl Attempts {
+    /// Decides where it goes next, and writes that into the record.
+    pub(super) fn plan(&self, route: &Route, access: &mut Access) -> Result<Plan, Refusal> {
+        let plan = route.plan(&self.tried).map_err(|refusal| self.last.unwrap_or(refusal))?;
+        note(access, &plan);
+        Ok(plan)
+    }
+
+    /// The planned endpoint has failed.
+    ///
+    /// # Errors
+    /// No other is to be tried; this is what the client is told.
+    pub(super) fn failed(&mut self, route: &Route, endpoint: &EndpointId, refusal: Refusal) -> Result<(), Refusal> {
+        self.tried.push(*endpoint);
+        self.last = Some(refusal);
+        if self.tried.len() >= MAX_TRIES || !worth_another(refusal) {
+            return Err(refusal);
+        }
+        route.proxy.telemetry.metrics.retries.inc();
+        Ok(())
+    }
+}
+
 /// Who a local task is, for records.
 pub(super) fn source(addr: SocketAddr, workload: &Workload) -> Source {
     Source {
@@ -156,7 +183,7 @@ pub(super) fn source(addr: SocketAddr, workload: &Workload) -> Source {
 }
 
 /// Writes into the record which endpoint is tried.
-pub(super) fn note(access: &mut Access, plan: &Plan) {
+fn note(access: &mut Access, plan: &Plan) {
     let endpoint = &plan.endpoint;
     access.tries += 1;
     access.dst.endpoint = Some(endpoint.id);
@@ -172,7 +199,7 @@ pub(super) fn note(access: &mut Access, plan: &Plan) {
 }
 
 /// Whether another endpoint may do better: not if the mesh itself says no.
-pub(super) fn worth_another(refusal: Refusal) -> bool {
+fn worth_another(refusal: Refusal) -> bool {
     !matches!(refusal, Refusal::Denied | Refusal::NoIdentity)
 }
 

@@ -26,6 +26,7 @@ use super::{
     Proxy,
     outbound::{self, Originals, Place, Who},
     places::{Home, Namespaces},
+    workers::Workers,
 };
 use crate::{
     identity::{
@@ -33,10 +34,12 @@ use crate::{
         tests::{DAY, ca, id},
     },
     state::{self, Publisher},
+    sys::socket::Acceptor,
     telemetry::{Telemetry, access::AccessLog, metrics::Metrics},
     transport::dial::{Dialer, Settings},
 };
 
+mod http2;
 mod requests;
 mod streams;
 mod two_agents;
@@ -85,7 +88,7 @@ impl Agent {
         let addr = listener.local_addr().unwrap();
         let place =
             Place { netns: 0, who: Who::Task(web()), originals: Originals::Fixed(dst.parse().expect("an address")) };
-        tokio::spawn(outbound::serve(self.proxy.clone(), listener, place));
+        tokio::spawn(serve(&self.proxy, listener, place));
         addr
     }
 
@@ -110,6 +113,12 @@ impl Agent {
         });
         serde_json::from_slice(&line.await).expect("a line is JSON")
     }
+}
+
+/// Serves a listener on the calling runtime until the proxy drains.
+fn serve(proxy: &Arc<Proxy>, listener: TcpListener, place: Place) -> impl Future<Output = ()> + Send + use<> {
+    let listener = Acceptor::new(listener.into_std().unwrap()).unwrap();
+    outbound::serve(Workers::here(proxy.clone()), listener, place, proxy.drain.subscribe())
 }
 
 fn task(name: &str) -> TaskId {
@@ -145,6 +154,7 @@ fn endpoint(addr: SocketAddr, reach: Reach, identity: &SpiffeId) -> Endpoint {
         weight: 100,
         zone: None,
         task: None,
+        attributes: Arc::default(),
     }
 }
 

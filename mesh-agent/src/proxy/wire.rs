@@ -79,6 +79,16 @@ impl Wire {
         }
     }
 
+    /// Whether what the peer has sent, and nobody has taken yet, begins so.
+    pub(super) async fn begins(&self, how: impl FnOnce(&[u8]) -> bool) -> bool {
+        let mut bytes = [0; 16];
+        match &self.socket {
+            _ if !self.early.is_empty() => how(&self.early),
+            Socket::Tcp(stream) => stream.peek(&mut bytes).await.is_ok_and(|length| how(&bytes[..length])),
+            Socket::Tunnel(_) => false,
+        }
+    }
+
     /// Whether the peer has sent something, or ended: without taking it. Tunnels answer through `early`.
     pub(super) fn poll_speaks(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if !self.early.is_empty() {

@@ -16,18 +16,19 @@ use crate::{
     dns::{self, DnsCounters, Listeners},
     identity::Identities,
     proxy::{
-        Proxy, inbound,
+        inbound,
         outbound::{self, Originals, Place, Who},
         places::{Home, Namespaces},
+        workers::Workers,
     },
     state::Published,
     sys::{
         flows::Flows,
         netns::{Netns, NetnsError},
-        socket,
+        socket::{self, Acceptor},
     },
     transport::{
-        accept::{self, Acceptance, Failed},
+        accept::{self, Acceptance, Arrival, Failed},
         tls::Presents,
     },
 };
@@ -48,7 +49,7 @@ pub enum SpaceError {
 #[derive(Clone)]
 pub struct Servers {
     pub config: Arc<Config>,
-    pub proxy: Arc<Proxy>,
+    pub workers: Arc<Workers>,
     pub namespaces: Arc<Namespaces>,
     pub flows: Flows,
     pub published: Published,
@@ -58,7 +59,7 @@ pub struct Servers {
     pub dns_counters: Arc<DnsCounters>,
     /// Told of tunnels that failed before a stream was asked for.
     pub failed: Arc<dyn Fn(Failed) + Send + Sync>,
-    /// True from the moment on which no new tunnel is accepted.
+    /// True from the moment on which nothing new is accepted.
     pub drain: watch::Receiver<bool>,
 }
 
@@ -94,10 +95,10 @@ impl Space {
         for listener in sockets.proxy {
             let place =
                 Place { netns: cookie, who: Who::ByNumber, originals: Originals::Kernel(servers.flows.clone()) };
-            let proxy = servers.proxy.clone();
+            let (workers, drain) = (servers.workers.clone(), servers.drain.clone());
             running.spawn(async move {
-                match tokio::net::TcpListener::from_std(listener) {
-                    Ok(listener) => outbound::serve(proxy, listener, place).await,
+                match Acceptor::new(listener) {
+                    Ok(listener) => outbound::serve(workers, listener, place, drain).await,
                     Err(error) => tracing::error!(%error, "cannot watch an outbound listener"),
                 }
             });
@@ -150,7 +151,7 @@ impl Servers {
 /// Takes tunnels from other agents on `listener` until the agent drains. `presents` says whose certificate to show for
 /// a local address and an SNI.
 pub async fn serve_tunnels(servers: Servers, listener: TcpListener, presents: Arc<Presents>) {
-    let listener = match tokio::net::TcpListener::from_std(listener) {
+    let listener = match Acceptor::new(listener) {
         Ok(listener) => listener,
         Err(error) => {
             tracing::error!(%error, "cannot watch a tunnel listener");
@@ -163,9 +164,10 @@ pub async fn serve_tunnels(servers: Servers, listener: TcpListener, presents: Ar
         handshake_timeout: servers.config.proxy.connect_timeout.saturating_mul(2),
         drain: servers.config.proxy.drain,
     };
-    let proxy = servers.proxy.clone();
-    let handler = move |request| inbound::handle(proxy.clone(), request);
-    let served = accept::serve(listener, servers.identities.clone(), acceptance, handler, servers.drain.clone()).await;
+    let spawn = |connections: &mut JoinSet<()>, arrival: Arrival| {
+        servers.workers.spawn(connections, |proxy| arrival.run(move |request| inbound::handle(proxy.clone(), request)));
+    };
+    let served = accept::serve(listener, servers.identities.clone(), acceptance, spawn, servers.drain.clone()).await;
     if let Err(error) = served {
         tracing::error!(error = &error as &dyn std::error::Error, "tunnels are not accepted");
     }

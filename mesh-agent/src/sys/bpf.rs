@@ -13,7 +13,7 @@ use std::{
 };
 
 use aya::{
-    Btf, Ebpf, EbpfError, EbpfLoader,
+    Ebpf, EbpfError, EbpfLoader,
     maps::{Array, Map, MapData, MapError},
     programs::{
         CgroupAttachMode, CgroupSockAddr, ProgramError, SockOps,
@@ -168,9 +168,10 @@ impl Programs {
         for dir in [maps.clone(), pins.0.join("links")] {
             fs::create_dir_all(&dir).map_err(|source| BpfError::PinDir { path: dir.clone(), source })?;
         }
-        let btf = Btf::from_sys_fs().ok();
         let mut loader = EbpfLoader::new();
-        loader.btf(btf.as_ref());
+        // The programs touch no kernel structure whose layout would have to be looked up, and the kernel's BTF, once read,
+        // takes more memory than everything else here together.
+        loader.btf(None);
         for name in MAPS {
             loader.map_pin_path(name, maps.join(name));
         }

@@ -1,16 +1,17 @@
 //! Sockets as the mesh needs them: made in a given namespace, marked, non-blocking, with a deep backlog.
 //!
 //! Knows nothing of what is sent over them.
-#![expect(unsafe_code, reason = "SO_NETNS_COOKIE has no safe wrapper")]
+#![expect(unsafe_code, reason = "SO_NETNS_COOKIE has no safe wrapper, and AsyncFd asks for a promise")]
 
 use std::{
     io,
-    net::{SocketAddr, TcpListener, UdpSocket},
-    os::fd::AsRawFd as _,
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd},
 };
 
 use nix::libc;
 use socket2::{Domain, Protocol, Socket, Type};
+use tokio::io::unix::AsyncFd;
 
 /// `SO_MARK` of the agent's listeners; the hooks recognise a living agent by it. ASCII "mesh".
 pub const MARK: u32 = 0x6d65_7368;
@@ -73,10 +74,53 @@ pub fn udp_socket(addr: SocketAddr) -> io::Result<UdpSocket> {
 ///
 /// # Errors
 /// Out of sockets, or no CAP_NET_ADMIN.
-pub fn tcp_client(family_of: SocketAddr) -> io::Result<std::net::TcpStream> {
+pub fn tcp_client(family_of: SocketAddr) -> io::Result<TcpStream> {
     let socket = Socket::new(Domain::for_address(family_of), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_nonblocking(true)?;
     socket.set_mark(MARK)?;
     socket.set_tcp_nodelay(true)?;
     Ok(socket.into())
+}
+
+/// A listener whose connections are not yet bound to a runtime, so that another thread's can take them.
+pub struct Acceptor(AsyncFd<TcpListener>);
+
+impl Acceptor {
+    /// Watches a non-blocking listener from the calling runtime.
+    ///
+    /// # Errors
+    /// The runtime cannot watch it.
+    pub fn new(listener: TcpListener) -> io::Result<Self> {
+        // SAFETY: a `TcpListener` owns its descriptor and gives the same one as long as it lives, here as long as the
+        // `AsyncFd` that owns it.
+        unsafe { AsyncFd::register(listener) }.map(Self).map_err(io::Error::from)
+    }
+
+    /// The next connection, non-blocking, and where it comes from. Cancelling loses none.
+    ///
+    /// # Errors
+    /// As `accept(2)`.
+    pub async fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
+        loop {
+            let mut ready = self.0.readable().await?;
+            let Ok(accepted) = ready.try_io(|listener| listener.get_ref().accept()) else { continue };
+            let (stream, peer) = accepted?;
+            stream.set_nonblocking(true)?;
+            return Ok((stream, peer));
+        }
+    }
+
+    /// Where it listens.
+    ///
+    /// # Errors
+    /// As `getsockname(2)`.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.0.get_ref().local_addr()
+    }
+}
+
+impl AsFd for Acceptor {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.get_ref().as_fd()
+    }
 }

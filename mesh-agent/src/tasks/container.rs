@@ -103,7 +103,7 @@ impl Seen {
             created: inspect.created.as_deref().map_or(0, nanoseconds),
             started: state.started_at.as_deref().map_or(0, nanoseconds),
             as_of,
-            labels: config.labels.unwrap_or_default().into_iter().collect(),
+            labels: labels(config.labels.unwrap_or_default(), &config.env.unwrap_or_default()),
             network: Network::read(host_config.network_mode.as_deref().unwrap_or_default()),
             cgroup_parent: host_config.cgroup_parent.unwrap_or_default(),
             publishes: host_config.port_bindings.is_some_and(|bindings| !bindings.is_empty()),
@@ -207,6 +207,17 @@ impl State {
             | None => Self::Created,
         }
     }
+}
+
+/// Labels, and the environment variables that are taken for such where no label has the name: registrator's convention
+/// (`SERVICE_NAME`, `SERVICE_8080_TAGS`) allows both.
+fn labels(labels: impl IntoIterator<Item = (String, String)>, env: &[String]) -> BTreeMap<String, String> {
+    let mut all: BTreeMap<String, String> = labels.into_iter().collect();
+    let variables = env.iter().filter(|variable| variable.starts_with("SERVICE_"));
+    for (name, value) in variables.filter_map(|variable| variable.split_once('=')) {
+        all.entry(name.to_owned()).or_insert_with(|| value.to_owned());
+    }
+    all
 }
 
 /// Docker trims zeros from the fraction, so the text itself does not sort.

@@ -178,7 +178,7 @@ impl Known {
     pub fn locate_namespace(&mut self, file: &Path) -> bool {
         let Some((id, pid)) = sandbox::occupant(file) else { return false };
         let Some(container) = self.seen.get_mut(&id) else { return false };
-        if container.has_own_namespace() && container.netns.is_none() {
+        if container.has_own_namespace() && container.netns.as_deref().is_none_or(sandbox::is_passing) {
             tracing::debug!(container = id, file = %file.display(), pid, "namespace found by its file");
             container.revive();
             container.netns = Some(file.into());
@@ -196,23 +196,28 @@ impl Known {
     }
 
     /// Finds namespaces by the processes in the containers' cgroups. Whether some were found, and whether some of those
-    /// that are being started are still missing.
+    /// that are being started are still missing, or known by a process only.
     pub fn locate_by_process(&mut self) -> (bool, bool) {
         let (mut found, mut missing) = (false, false);
         for container in self.seen.values_mut() {
             let starting = container.state == State::Created && container.has_own_namespace();
-            let (true, None, Some(cgroup)) = (starting, &container.netns, container.cgroup.as_deref()) else {
+            let Some(cgroup) = container.cgroup.as_deref().filter(|_| starting) else { continue };
+            let held = container.netns.as_deref();
+            if held.is_some_and(|held| !sandbox::is_passing(held)) {
                 continue;
-            };
+            }
+            let lasts = held.is_some_and(Path::exists);
             match self.places.netns(cgroup) {
-                Some(netns) => {
+                Some(netns) if !lasts || !sandbox::is_passing(&netns) => {
                     tracing::debug!(container = container.id, file = %netns.display(), "namespace found by a process");
-                    // Not its pid: runc's children come and go before the last of them becomes the app.
+                    // A process's path lasts as long as the process, and runc's come and go before the last becomes the
+                    // app: it is looked at again until docker's own file is there.
+                    missing |= sandbox::is_passing(&netns);
                     container.netns = Some(netns);
                     found = true;
                 }
                 // Without its cgroup it is not being started any more.
-                None => missing |= cgroup.is_dir(),
+                _ => missing |= cgroup.is_dir(),
             }
         }
         (found, missing)
@@ -268,8 +273,9 @@ impl Known {
 impl Seen {
     /// What inspect does not know, or knows under another name, stays as it was.
     fn keep(&mut self, before: Self) {
-        // The same namespace may have several paths; one that changes looks like a new one to whoever armed it.
-        self.netns = before.netns.or(self.netns.take());
+        // The same namespace may have several paths. Docker's lasts; a process's may be gone already.
+        let passing = before.netns.as_deref().is_some_and(sandbox::is_passing);
+        self.netns = if passing { self.netns.take().or(before.netns) } else { before.netns.or(self.netns.take()) };
         self.pid = self.pid.or(before.pid);
         self.cgroup = before.cgroup;
         self.inner_address = before.inner_address;
@@ -314,3 +320,6 @@ fn health(action: &str) -> Option<Option<ContainerHealth>> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -163,6 +163,11 @@ fn inode(path: &Path) -> io::Result<(u64, u64)> {
     fs::metadata(path).map(|found| (found.dev(), found.ino()))
 }
 
+/// Whether the path to a namespace goes by a process, and ends with it.
+pub fn is_passing(netns: &Path) -> bool {
+    netns.starts_with("/proc")
+}
+
 fn of_pid(pid: u32) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}/ns/net"))
 }

@@ -1,15 +1,14 @@
 //! One record per connection or request: counted and logged together when it is dropped, so that no path forgets.
 //!
-//! Lines go through a bounded queue to a thread of their own: a reader of standard output that stalls costs lines,
-//! which are counted, and never traffic. Must not know how the connection is carried.
+//! A reader of standard output that stalls costs lines, which are counted, and never traffic. Must not know how the connection is carried.
 
 use std::{
+    cell::RefCell,
     io::{self, Write},
     net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
-        mpsc::{Receiver, SyncSender, sync_channel},
     },
     time::{Duration, Instant, SystemTime},
 };
@@ -26,17 +25,28 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use super::{
     Telemetry, fields,
+    lines::Lines,
     metrics::{Direction, Link, LinkKey, Outcome, Protocol},
 };
 
-/// Lines that may wait for the writer: a burst of a tenth of a second at 100,000 requests a second.
-const QUEUE: usize = 10_000;
+thread_local! {
+    /// A line in the making.
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
 /// Takes finished lines. Cheap to clone.
 #[derive(Clone)]
 pub struct AccessLog {
-    lines: Option<SyncSender<Vec<u8>>>,
+    sink: Sink,
     lost: Counter,
+}
+
+#[derive(Clone)]
+enum Sink {
+    Off,
+    Lines(Lines),
+    #[cfg(test)]
+    Channel(std::sync::mpsc::Sender<Vec<u8>>),
 }
 
 /// Payload bytes that have passed, seen from the source. Shared with whoever moves them.
@@ -86,6 +96,8 @@ pub struct Access {
     pub dst: Destination,
     pub request: Option<Request>,
     pub status: Option<u16>,
+    /// What a gRPC server said of the call.
+    pub grpc_status: Option<u16>,
     pub refusal: Option<Refusal>,
     /// How it ended where it was not refused. `Aborted` until somebody says otherwise: a record that is dropped
     /// half-way belongs to a connection that was.
@@ -105,48 +117,51 @@ impl AccessLog {
     /// # Errors
     /// No thread can be started.
     pub fn to(writer: impl Write + Send + 'static, lost: Counter) -> io::Result<Self> {
-        let (lines, queue) = sync_channel(QUEUE);
-        std::thread::Builder::new().name("access-log".into()).spawn(move || write_lines(&queue, writer))?;
-        Ok(Self { lines: Some(lines), lost })
+        Ok(Self { sink: Sink::Lines(Lines::to("access-log", writer)?), lost })
     }
 
     /// Lines are received from the channel, one by one.
-    pub fn channel() -> (Self, Receiver<Vec<u8>>) {
-        let (lines, queue) = sync_channel(QUEUE);
-        (Self { lines: Some(lines), lost: Counter::default() }, queue)
+    #[cfg(test)]
+    pub(crate) fn channel() -> (Self, std::sync::mpsc::Receiver<Vec<u8>>) {
+        let (lines, queue) = std::sync::mpsc::channel();
+        (Self { sink: Sink::Channel(lines), lost: Counter::default() }, queue)
     }
 
     /// No lines at all.
     pub fn off() -> Self {
-        Self { lines: None, lost: Counter::default() }
+        Self { sink: Sink::Off, lost: Counter::default() }
+    }
+
+    /// Waits until all lines have been written, or for `limit`.
+    pub fn flush(&self, limit: Duration) {
+        if let Sink::Lines(lines) = &self.sink {
+            lines.flush(limit);
+        }
     }
 
     fn line(&self, access: &Access) {
-        let Some(lines) = &self.lines else { return };
-        let mut line = Vec::with_capacity(512);
-        let written = serde_json::to_writer(&mut line, access);
-        line.push(b'\n');
-        if written.is_err() || lines.try_send(line).is_err() {
+        let taken = match &self.sink {
+            Sink::Off => return,
+            Sink::Lines(lines) => SCRATCH.with_borrow_mut(|line| {
+                line.clear();
+                written(line, access) && lines.push(line)
+            }),
+            #[cfg(test)]
+            Sink::Channel(lines) => {
+                let mut line = Vec::new();
+                written(&mut line, access) && lines.send(line).is_ok()
+            }
+        };
+        if !taken {
             self.lost.inc();
         }
     }
 }
 
-/// Writes what waits in one go; a closed standard output ends the thread, after which lines count as lost.
-fn write_lines(queue: &Receiver<Vec<u8>>, mut writer: impl Write) {
-    let mut batch = Vec::new();
-    while let Ok(line) = queue.recv() {
-        batch.clear();
-        batch.extend_from_slice(&line);
-        while batch.len() < 256 << 10
-            && let Ok(line) = queue.try_recv()
-        {
-            batch.extend_from_slice(&line);
-        }
-        if writer.write_all(&batch).and_then(|()| writer.flush()).is_err() {
-            return;
-        }
-    }
+fn written(line: &mut Vec<u8>, access: &Access) -> bool {
+    let written = serde_json::to_writer(&mut *line, access).is_ok();
+    line.push(b'\n');
+    written
 }
 
 impl Counts {
@@ -180,6 +195,7 @@ impl Access {
             dst,
             request: None,
             status: None,
+            grpc_status: None,
             refusal: None,
             outcome: Outcome::Aborted,
             tries: 0,
@@ -229,7 +245,7 @@ impl Drop for Access {
         link.bytes(sent, received);
         match self.protocol {
             Protocol::Tcp => link.connection(self.settled(), took),
-            Protocol::Http => link.request(self.status, took),
+            Protocol::Http | Protocol::Http2 | Protocol::Grpc => link.request(self.status, took),
         }
         if let Some(refusal) = self.refusal {
             link.refused(refusal);
@@ -273,6 +289,9 @@ impl Serialize for Access {
         }
         if let Some(status) = self.status {
             map.serialize_entry(fields::STATUS, &status)?;
+        }
+        if let Some(status) = self.grpc_status {
+            map.serialize_entry(fields::GRPC_STATUS, &status)?;
         }
         map.serialize_entry(fields::BYTES_SENT, &self.counts.sent.load(Ordering::Relaxed))?;
         map.serialize_entry(fields::BYTES_RECEIVED, &self.counts.received.load(Ordering::Relaxed))?;
@@ -339,23 +358,5 @@ mod tests {
         let text = telemetry.metrics.encode();
         assert!(text.contains(r#"mesh_requests_total{direction="outbound",src_service="web",src_task="t1",dst_service="world",dst_task="",status="5xx"} 1"#), "{text}");
         assert!(text.contains(r#"refusal="no_endpoint""#), "{text}");
-    }
-
-    #[test]
-    fn a_stalled_reader_costs_lines_and_no_time() {
-        let (access, lines) = AccessLog::channel();
-        let lost = access.lost.clone();
-        let telemetry = Telemetry { metrics: Arc::new(Metrics::new()), access };
-        for _ in 0..QUEUE + 3 {
-            drop(Access::begin(
-                &telemetry,
-                Direction::Inbound,
-                Protocol::Tcp,
-                Source::default(),
-                Destination::default(),
-            ));
-        }
-        assert_eq!(lost.get(), 3);
-        assert_eq!(lines.try_iter().count(), QUEUE);
     }
 }

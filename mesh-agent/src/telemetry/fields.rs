@@ -6,7 +6,7 @@
 pub const TIME: &str = "time";
 /// `outbound`, `inbound` or `direct`.
 pub const DIRECTION: &str = "direction";
-/// `tcp` or `http`.
+/// `tcp`, or of a request `http` (HTTP/1), `http2` or `grpc`.
 pub const PROTOCOL: &str = "protocol";
 /// Who connected: address, ECS task id, service, SPIFFE id.
 pub const SRC_ADDR: &str = "src.addr";
@@ -34,6 +34,8 @@ pub const OUTCOME: &str = "outcome";
 pub const METHOD: &str = "http.method";
 pub const PATH: &str = "http.path";
 pub const STATUS: &str = "http.status";
+/// gRPC only: the number of the status code.
+pub const GRPC_STATUS: &str = "grpc.status";
 /// Number and label of [`mesh_common::refusal::Refusal`].
 pub const REFUSAL: &str = "refusal";
 pub const REFUSAL_LABEL: &str = "refusal.label";

@@ -61,7 +61,7 @@ labels! {
 
 labels! {
     /// What a record is about.
-    Protocol { Tcp = "tcp", Http = "http" }
+    Protocol { Tcp = "tcp", Http = "http", Http2 = "http2", Grpc = "grpc" }
 }
 
 labels! {
@@ -178,6 +178,22 @@ struct Verdict {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct SourceName {
+    source: String,
+}
+
+/// How a source of services is doing that is asked over the network.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SourceFigures {
+    /// Since the last answer.
+    pub age: Option<Duration>,
+    pub answers: u64,
+    pub errors: u64,
+    pub watches: usize,
+    pub services: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Map {
     map: String,
 }
@@ -228,6 +244,13 @@ pub struct Metrics {
     map_entries: Family<Map, Gauge>,
     generation: Gauge<u64, AtomicU64>,
     workloads: Gauge,
+    source_age: Family<SourceName, Gauge<f64, AtomicU64>>,
+    source_answers: Family<SourceName, Counter>,
+    source_errors: Family<SourceName, Counter>,
+    source_watches: Family<SourceName, Gauge>,
+    source_services: Family<SourceName, Gauge>,
+    registrations: Gauge,
+    registrations_behind: Gauge,
     endpoints: EndpointCounts,
     /// Attempts on another endpoint after one had failed.
     pub retries: Counter,
@@ -270,6 +293,13 @@ impl Metrics {
             map_entries: Family::default(),
             generation: Gauge::default(),
             workloads: Gauge::default(),
+            source_age: Family::default(),
+            source_answers: Family::default(),
+            source_errors: Family::default(),
+            source_watches: Family::default(),
+            source_services: Family::default(),
+            registrations: Gauge::default(),
+            registrations_behind: Gauge::default(),
             endpoints: EndpointCounts::default(),
             retries: Counter::default(),
             access_lines_lost: Counter::default(),
@@ -314,6 +344,22 @@ impl Metrics {
         r.register("snapshot_generation", "Number of the snapshot in use", self.generation.clone());
         r.register("workloads", "Tasks of this host that are in the mesh", self.workloads.clone());
         r.register("endpoints", "Known endpoints", self.endpoints.clone());
+        r.register_with_unit(
+            "source_answer_age",
+            "Time since a source of services last answered",
+            Unit::Seconds,
+            self.source_age.clone(),
+        );
+        r.register("source_answers", "Answers of a source of services", self.source_answers.clone());
+        r.register("source_errors", "Questions to a source of services without an answer", self.source_errors.clone());
+        r.register("source_watches", "Questions that wait for news", self.source_watches.clone());
+        r.register("source_services", "Services that a source knows", self.source_services.clone());
+        r.register("registrations", "Instances of this host that are registered", self.registrations.clone());
+        r.register(
+            "registrations_behind",
+            "Whether the registry does not know everything of this host (0 or 1)",
+            self.registrations_behind.clone(),
+        );
         r.register("access_lines_lost", "Access lines that nobody took in time", self.access_lines_lost.clone());
     }
 
@@ -365,6 +411,25 @@ impl Metrics {
         }
         store(&self.map_full, value(counter::MAP_FULL));
         store(&self.events_lost, value(counter::EVENT_LOST));
+    }
+
+    /// Takes over what a source of services counts.
+    pub fn source(&self, name: &str, figures: &SourceFigures) {
+        let from = SourceName { source: name.to_owned() };
+        let number = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
+        if let Some(age) = figures.age {
+            self.source_age.get_or_create(&from).set(age.as_secs_f64());
+        }
+        store(&self.source_answers.get_or_create(&from), figures.answers);
+        store(&self.source_errors.get_or_create(&from), figures.errors);
+        self.source_watches.get_or_create(&from).set(number(figures.watches));
+        self.source_services.get_or_create(&from).set(number(figures.services));
+    }
+
+    /// How many instances of this host are registered, and whether these are all.
+    pub fn registered(&self, count: usize, all: bool) {
+        self.registrations.set(i64::try_from(count).unwrap_or(i64::MAX));
+        self.registrations_behind.set(i64::from(!all));
     }
 
     /// A kernel map has this many entries in use.

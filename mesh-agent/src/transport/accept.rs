@@ -9,15 +9,11 @@ use h2::{RecvStream, server::SendResponse};
 use http::{HeaderMap, Method, Response, StatusCode};
 use mesh_common::refusal::Refusal;
 use mesh_core::id::SpiffeId;
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::watch,
-    task::JoinSet,
-    time::timeout,
-};
+use tokio::{net::TcpStream, sync::watch, task::JoinSet, time::timeout};
 
 use crate::{
     identity::Identities,
+    sys::socket::Acceptor,
     transport::{
         REFUSAL_HEADER, h2_settings,
         tls::{Presents, Secured, Tls, TlsError},
@@ -74,21 +70,18 @@ impl AcceptError {
 }
 
 /// Accepts tunnels on `listener` until `drain` turns true or its sender is gone; then tells the peers to go elsewhere
-/// and returns when the last stream has ended or the drain time is over.
+/// and returns when the last stream has ended or the drain time is over. `spawn` says where a connection runs, and with
+/// which handler of its requests.
 ///
 /// # Errors
 /// The trust bundle cannot be used.
-pub async fn serve<H, F>(
-    listener: TcpListener,
+pub async fn serve(
+    listener: Acceptor,
     identities: Identities,
     acceptance: Acceptance,
-    handler: H,
+    spawn: impl Fn(&mut JoinSet<()>, Arrival),
     mut drain: watch::Receiver<bool>,
-) -> Result<(), TlsError>
-where
-    H: Fn(Request) -> F + Clone + Send + Sync + 'static,
-    F: Future<Output = ()> + Send + 'static,
-{
+) -> Result<(), TlsError> {
     let tls = Arc::new(Tls::new(identities)?);
     let mut connections = JoinSet::new();
     loop {
@@ -101,7 +94,7 @@ where
         match accepted {
             Ok((tcp, remote)) => {
                 let peer = Peer { tls: tls.clone(), acceptance: acceptance.clone(), remote };
-                connections.spawn(peer.run(tcp, handler.clone(), drain.clone()));
+                spawn(&mut connections, Arrival { peer, tcp, drain: drain.clone() });
             }
             Err(error) => {
                 let at = listener.local_addr().unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)));
@@ -120,6 +113,27 @@ where
 async fn asked_to_drain(drain: &mut watch::Receiver<bool>) {
     // A sender that is gone means the same.
     drop(drain.wait_for(|drain| *drain).await);
+}
+
+/// A connection that was accepted; to be run on the runtime that is to carry its streams.
+pub struct Arrival {
+    peer: Peer,
+    tcp: std::net::TcpStream,
+    drain: watch::Receiver<bool>,
+}
+
+impl Arrival {
+    /// Serves it to its end; each request is handled by a task of its own.
+    pub async fn run<H, F>(self, handler: H)
+    where
+        H: Fn(Request) -> F + Send + Sync + 'static,
+        F: Future<Output = ()> + Send + 'static,
+    {
+        match TcpStream::from_std(self.tcp) {
+            Ok(tcp) => self.peer.run(tcp, handler, self.drain).await,
+            Err(error) => tracing::warn!(%error, "cannot watch a connection"),
+        }
+    }
 }
 
 /// One connection of a peer.

@@ -94,7 +94,7 @@ struct Inner {
 }
 
 /// What a dialler has done and holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Figures {
     /// TLS handshakes that succeeded, ever.
     pub handshakes: u64,

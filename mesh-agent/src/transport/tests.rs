@@ -7,7 +7,7 @@ use mesh_core::id::SpiffeId;
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
-    task::JoinHandle,
+    task::{JoinHandle, JoinSet},
 };
 
 use crate::{
@@ -15,9 +15,10 @@ use crate::{
         Identities,
         tests::{DAY, ca, id},
     },
+    sys::socket::Acceptor,
     transport::{
         To,
-        accept::{Acceptance, Failed, Request, serve},
+        accept::{Acceptance, Arrival, Failed, Request, serve},
         dial::{Dialer, Settings},
         tls::TlsError,
         tunnel::Tunnel,
@@ -59,8 +60,27 @@ where
         drain: Duration::from_secs(5),
     };
     let (drain, draining) = watch::channel(false);
-    let task = tokio::spawn(serve(listener, identities, acceptance, handler, draining));
+    let task = tokio::spawn(serving(listener, identities, acceptance, handler, draining));
     Accepting { addr, failed, drain, task }
+}
+
+/// Serves on the calling runtime.
+async fn serving<H, F>(
+    listener: TcpListener,
+    identities: Identities,
+    acceptance: Acceptance,
+    handler: H,
+    drain: watch::Receiver<bool>,
+) -> Result<(), TlsError>
+where
+    H: Fn(Request) -> F + Clone + Send + Sync + 'static,
+    F: Future<Output = ()> + Send + 'static,
+{
+    let listener = Acceptor::new(listener.into_std().unwrap()).unwrap();
+    let spawn = |connections: &mut JoinSet<()>, arrival: Arrival| {
+        connections.spawn(arrival.run(handler.clone()));
+    };
+    serve(listener, identities, acceptance, spawn, drain).await
 }
 
 impl Accepting {

@@ -63,6 +63,22 @@ impl Tunnel {
         &self.peer
     }
 
+    /// As [`Receiving::poll_data`].
+    ///
+    /// # Errors
+    /// `ConnectionReset`.
+    pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Bytes>>> {
+        self.receiving.poll_data(cx)
+    }
+
+    /// As [`Sending::poll_send`].
+    ///
+    /// # Errors
+    /// `ConnectionReset`; `BrokenPipe` after a shutdown.
+    pub fn poll_send(&mut self, cx: &mut Context<'_>, data: &mut Bytes) -> Poll<io::Result<usize>> {
+        self.sending.poll_send(cx, data)
+    }
+
     /// The two directions, to be used at the same time. Dropping [`Sending`] before its shutdown resets the tunnel at
     /// once; dropping [`Receiving`] before its end throws away what still comes, and resets once both are dropped.
     pub fn into_split(self) -> (Receiving, Sending) {

@@ -10,7 +10,7 @@ use std::{
 
 use ipnet::{Ipv4Net, Ipv6Net};
 
-use super::{Admin, Config, Dns, Docker, Enrol, Host, Identity, Kernel, Log, LogFormat, Proxy, VipRanges};
+use super::{Admin, Config, Dns, Docker, Enrol, Host, Identity, Kernel, Log, LogFormat, Proxy, VipRanges, discovery};
 use crate::{
     document::Section,
     model::{OnAgentDeath, TlsMode},
@@ -38,10 +38,12 @@ pub(super) fn config(root: &mut Section<'_>) -> Option<Config> {
     let vip = root.section("vip", |s| vip(s, host.address));
     let identity = root.section("identity", identity);
     let services_file = root.section("services", |s| s.path("file"));
+    let discovery = root.section("discovery", discovery::discovery);
     let admin = root.section("admin", admin);
     let log = root.section("log", log);
     ports(root, &proxy, &dns, &admin);
-    Some(Config { host, enrol, docker, kernel, proxy, dns, vip, identity: identity?, services_file, admin, log })
+    let identity = identity?;
+    Some(Config { host, enrol, docker, kernel, proxy, dns, vip, identity, services_file, discovery, admin, log })
 }
 
 fn path(s: &mut Section<'_>, key: &'static str, default: &str) -> PathBuf {
@@ -102,6 +104,7 @@ fn proxy(s: &mut Section<'_>) -> Proxy {
         tunnel_listen: socket(s, "tunnel_listen", Ipv4Addr::UNSPECIFIED, 15_008),
         connect_timeout: s.duration("connect_timeout", min, max).unwrap_or(Duration::from_secs(5)),
         drain: s.duration("drain", Duration::ZERO, HOUR).unwrap_or(Duration::from_secs(5)),
+        threads: s.number("threads", 1, 1024),
     }
 }
 
@@ -123,6 +126,7 @@ fn dns(s: &mut Section<'_>) -> Dns {
         port: s.port("port").unwrap_or(15_053),
         ttl,
         suffixes,
+        datacenters: Vec::new(),
         ipv6: s.boolean("ipv6").unwrap_or(false),
         upstream_timeout: s.duration("upstream_timeout", min, max).unwrap_or(Duration::from_secs(5)),
     }
@@ -148,7 +152,7 @@ fn suffix(text: &str) -> Result<String, (String, String)> {
     }
 }
 
-fn first_repeated<T: PartialEq>(items: &[T]) -> Option<&T> {
+pub(super) fn first_repeated<T: PartialEq>(items: &[T]) -> Option<&T> {
     items.iter().enumerate().find(|(n, item)| items[..*n].contains(item)).map(|(_, item)| item)
 }
 

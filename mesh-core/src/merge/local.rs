@@ -217,6 +217,7 @@ fn endpoint(member: &Member, target: u16, sources: &Sources<'_>) -> Option<Arc<E
         weight: DEFAULT_WEIGHT,
         zone: sources.zone.map(Arc::from),
         task: Some(task.id.clone()),
+        attributes: Arc::default(),
     }))
 }
 

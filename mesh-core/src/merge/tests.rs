@@ -212,6 +212,8 @@ fn it_scales() {
             identity: None,
             weight: 100,
             zone: None,
+            alias: false,
+            attributes: Arc::default(),
         };
         services::ServiceEntry {
             name: format!("s{n}").parse().expect("valid"),
@@ -220,6 +222,7 @@ fn it_scales() {
             tls: None,
             on_agent_death: None,
             families: Vec::new(),
+            alone: false,
         }
     };
     let set = ServiceSet::of((0..5000).map(entry));
@@ -406,4 +409,129 @@ fn nobody_takes_a_virtual_address_away_by_registering_it() {
     let after = world.after(&before);
     assert!(after.services.contains_key("thief"));
     assert_eq!(after.target(vip), before.target(vip));
+}
+
+#[test]
+fn an_alias_gives_way_to_who_is_asked_for_by_that_port() {
+    let endpoint = |port, alias, at: &str| EndpointEntry {
+        port,
+        addr: addr(at),
+        agent: None,
+        identity: None,
+        weight: 100,
+        zone: None,
+        alias,
+        attributes: Arc::default(),
+    };
+    let registry = |endpoints| ServiceSet::of([registered("world", endpoints)]);
+    let two = vec![endpoint(Some(80), true, "10.0.0.1:32768"), endpoint(None, true, "10.0.0.2:32768")];
+    let world = |sets| World { sets, ..World::default() };
+    let (one, other) = ("  10.0.0.1:32768 plain Healthy 100", "  10.0.0.2:32768 plain Healthy 100");
+    check(&world(vec![registry(two.clone())]), &["world:80 Auto", one, other]);
+    // Somebody is really at port 80.
+    let real = vec![two[0].clone(), two[1].clone(), endpoint(Some(80), false, "10.0.0.3:80")];
+    check(&world(vec![registry(real)]), &["world:80 Auto", "  10.0.0.3:80 plain Healthy 100"]);
+    // Somebody defines the ports.
+    let file = |ports: &str| services::parse(&format!("[[service]]\nname = \"world\"\nports = [{ports}]\n"));
+    let file = |ports: &str| file(ports).expect("parses");
+    check(
+        &world(vec![file("{ port = 8080 }"), registry(two.clone())]),
+        &["world:8080 Auto", "  10.0.0.2:32768 plain Healthy 100"],
+    );
+    check(
+        &world(vec![file("{ port = 8080 }, { port = 80 }"), registry(two)]),
+        &["world:80 Auto", one, other, "world:8080 Auto"],
+    );
+}
+
+fn registered(name: &str, endpoints: Vec<EndpointEntry>) -> services::ServiceEntry {
+    services::ServiceEntry {
+        name: name.parse().expect("valid"),
+        ports: Vec::new(),
+        endpoints,
+        tls: None,
+        on_agent_death: None,
+        families: Vec::new(),
+        alone: false,
+    }
+}
+
+#[test]
+fn a_source_may_say_that_it_alone_counts() {
+    let file = |more: &str, at: &str| {
+        services::parse(&format!(
+            "[[service]]\nname = \"world\"\n{more}\nports = [{{ port = 80 }}]\n[[service.endpoint]]\naddress = \"{at}\"\n"
+        ))
+        .expect("parses")
+    };
+    let (one, other) = ("10.0.0.1:80", "10.0.0.2:80");
+    let lines = |all: &[&str]| -> Vec<String> {
+        let endpoint = |at: &&str| format!("  {at} plain Healthy 100");
+        ["world:80 Auto".to_owned()].into_iter().chain(all.iter().map(endpoint)).collect()
+    };
+    for (first, second, expected) in [
+        ("", "", vec![one, other]),
+        ("override = true", "", vec![one]),
+        ("", "override = true", vec![one, other]),
+        ("override = true", "override = true", vec![one]),
+    ] {
+        let world = World { sets: vec![file(first, one), file(second, other)], ..World::default() };
+        assert_eq!(show(&world.snapshot()), lines(&expected), "{first:?} {second:?}");
+    }
+}
+
+/// The sources of a world in another order.
+fn reordered(world: &World) -> World {
+    let mut other = world.clone();
+    other.sets.reverse();
+    other
+}
+
+proptest! {
+    /// A source that is asked twice says nothing new, wherever it stands.
+    #[test]
+    fn a_source_twice_is_the_source_once(world in arb::world(), which in any::<prop::sample::Index>()) {
+        let mut twice = world.clone();
+        if !world.sets.is_empty() {
+            twice.sets.push(which.get(&world.sets).clone());
+        }
+        prop_assert_eq!(show(&world.snapshot()), show(&twice.snapshot()));
+    }
+
+    /// Where two sources do not speak of the same services, their order does not matter.
+    #[test]
+    fn sources_that_do_not_meet_are_equal(mut world in arb::world()) {
+        let mut seen = BTreeSet::new();
+        for set in &mut world.sets {
+            let services = set.services.clone();
+            set.services = services.into_iter().filter(|(name, _)| seen.insert(name.clone())).collect();
+            set.policy = None;
+        }
+        prop_assert_eq!(show(&world.snapshot()), show(&reordered(&world).snapshot()));
+    }
+
+    /// Order decides who wins, not which endpoints there are: none is lost and none is there twice.
+    #[test]
+    fn order_loses_no_endpoint(mut world in arb::world()) {
+        // Whether an endpoint is this host's own stale one depends on what is said of it, and who says it first.
+        for set in &mut world.sets {
+            set.services = set.services.iter().map(|(name, entry)| {
+                let mut entry = services::ServiceEntry::clone(entry);
+                entry.endpoints.iter_mut().for_each(|endpoint| endpoint.agent = None);
+                (name.clone(), Arc::new(entry))
+            }).collect();
+        }
+        let addresses = |world: &World| -> Vec<(ServiceName, u16, SocketAddr)> {
+            let snapshot = world.snapshot();
+            let all = snapshot.services.values().flat_map(|service| {
+                service.ports.iter().flat_map(|port| port.endpoints.iter().map(|e| (service.name.clone(), port.port, e.addr)))
+            });
+            all.collect()
+        };
+        let (a, b) = (addresses(&world), addresses(&reordered(&world)));
+        prop_assert_eq!(a.iter().collect::<BTreeSet<_>>().len(), a.len(), "twice");
+        // A task's family belongs to the first source that claims it.
+        prop_assume!(world.sets.iter().filter(|set| set.services.values().any(|entry| !entry.families.is_empty())).count() < 2);
+        prop_assert_eq!(a.into_iter().collect::<BTreeSet<_>>(), b.into_iter().collect::<BTreeSet<_>>());
+    }
 }

@@ -18,7 +18,7 @@ ports = [ { port = 80 } ]
 fn ask(ipv6: bool, name: &str, question: Question) -> String {
     let snapshot = World { sets: vec![services::parse(FILE).expect("parses")], ..World::default() }.snapshot();
     let suffixes = ["mesh".to_owned(), "service.consul".to_owned(), "demo".to_owned()];
-    let naming = Naming { suffixes: &suffixes, ttl: Duration::from_secs(5), ipv6 };
+    let naming = Naming { suffixes: &suffixes, datacenters: &[], ttl: Duration::from_secs(5), ipv6 };
     let vip = snapshot.services["world"].vip;
     let octets = vip.v4.octets();
     let reverse4 = format!("{}.{}.{}.{}.in-addr.arpa", octets[3], octets[2], octets[1], octets[0]);
@@ -109,7 +109,7 @@ fn names_and_answers() {
 #[test]
 fn a_name_stands_for_a_service() {
     let snapshot = World { sets: vec![services::parse(FILE).expect("parses")], ..World::default() }.snapshot();
-    let naming = Naming { suffixes: &["svc.mesh".to_owned()], ttl: Duration::ZERO, ipv6: false };
+    let naming = Naming { suffixes: &["svc.mesh".to_owned()], datacenters: &[], ttl: Duration::ZERO, ipv6: false };
     let found = |name| service(&snapshot, &naming, name).map(|service| service.name.as_str());
     assert_eq!(found("World.svc.mesh."), Some("world"));
     assert_eq!((found("world.mesh"), found("svc.mesh"), found("")), (None, None, None));
@@ -120,7 +120,7 @@ proptest::proptest! {
     #[test]
     fn no_question_makes_it_panic(name in proptest::prelude::any::<String>(), digits in "[0-9a-f.]{0,70}") {
         let snapshot = World { sets: vec![services::parse(FILE).expect("parses")], ..World::default() }.snapshot();
-        let naming = Naming { suffixes: &["mesh".to_owned()], ttl: Duration::ZERO, ipv6: true };
+        let naming = Naming { suffixes: &["mesh".to_owned()], datacenters: &[], ttl: Duration::ZERO, ipv6: true };
         for name in [name.clone(), format!("{name}.mesh"), format!("_{name}._tcp.mesh"), format!("{digits}.ip6.arpa"), format!("{digits}.in-addr.arpa")] {
             for question in [Question::A, Question::Ptr, Question::Srv] {
                 let _answer = answer(&snapshot, &naming, &name, question);

@@ -58,6 +58,8 @@ fn the_documented_form_parses() {
             identity: None,
             weight: 100,
             zone: None,
+            alias: false,
+            attributes: Arc::default(),
         }
     );
     let second = &world.endpoints[1];

@@ -35,6 +35,7 @@ const LAYERS: &[(&str, &[&str])] = &[
 const EXCEPTIONS: &[(&str, &str, &str)] = &[
     ("cli/run.rs", "agent", "this command is the agent"),
     ("cli/check.rs", "sys::probe", "it looks at the machine before there is an agent"),
+    ("cli/check.rs", "discovery::consul::check", "it asks Consul before there is an agent"),
     ("cli/run.rs", "sys::probe", "it refuses to start where `check` would fail"),
     ("cli/cleanup.rs", "sys::bpf", "it removes what an agent left when there is none"),
     ("cli/ca.rs", "identity", "it makes a certificate authority before there is an agent"),

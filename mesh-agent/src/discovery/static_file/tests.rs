@@ -12,6 +12,7 @@ use mesh_core::services::ServiceSet;
 use tokio::time::timeout;
 
 use crate::discovery::{Backend, Discovery, SourceStatus, run};
+use crate::state::uses::Uses;
 
 /// Far more than inotify needs, so that only a lost change fails.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -44,7 +45,7 @@ fn service(name: &str) -> String {
 }
 
 fn watch(path: &Path) -> Discovery {
-    run(vec![Backend::StaticFile { path: path.into() }])
+    run(vec![Backend::StaticFile { path: path.into() }], &Uses::default())
 }
 
 fn names(sets: &[ServiceSet]) -> Vec<String> {
@@ -157,7 +158,7 @@ async fn sets_come_in_the_order_of_their_backends() {
     let (first, second) = (scratch.path("first.toml"), scratch.path("second.toml"));
     fs::write(&second, service("b")).unwrap();
     let backends = [&first, &second].map(|path| Backend::StaticFile { path: path.clone() });
-    let mut discovery = run(backends.to_vec());
+    let mut discovery = run(backends.to_vec(), &Uses::default());
     assert_eq!(discovery.sets.borrow().len(), 2);
     fs::write(&first, service("a")).unwrap();
     expect(&mut discovery, &["a", "b"]).await;

@@ -102,6 +102,7 @@ fn serve_on(
             port: addr.port(),
             ttl: Duration::from_secs(5),
             suffixes: vec!["mesh".into(), "service.consul".into()],
+            datacenters: Vec::new(),
             ipv6: true,
             upstream_timeout,
         }),

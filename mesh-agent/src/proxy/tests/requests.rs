@@ -457,21 +457,3 @@ async fn what_a_server_sent_before_it_broke_off_arrives() {
     let said = String::from_utf8(rest(&mut stream).await).unwrap();
     assert_eq!(said, "HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n");
 }
-
-#[tokio::test]
-async fn http2_on_an_http_port_is_carried_as_a_stream() {
-    let echo = server(|mut stream| async move {
-        let (mut read, mut write) = stream.split();
-        drop(tokio::io::copy(&mut read, &mut write).await);
-    })
-    .await;
-    let mut agent = Agent::new(Protocol::Http, &[echo]);
-    let mut stream = agent.connect().await;
-    for byte in *b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" {
-        stream.write_all(&[byte]).await.unwrap();
-    }
-    until(&mut stream, "SM\r\n\r\n").await;
-    drop(stream);
-    let line = agent.line().await;
-    assert_eq!((&line["protocol"], &line["outcome"]), (&"tcp".into(), &"ok".into()), "{line}");
-}

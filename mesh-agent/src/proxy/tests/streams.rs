@@ -166,7 +166,7 @@ async fn connections_end_with_the_task_at_either_end() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let addr = listener.local_addr().unwrap();
     let place = Place { netns: 0, who: Who::Task(web()), originals: Originals::Fixed(VIP.parse().unwrap()) };
-    let serving = tokio::spawn(outbound::serve(agent.proxy.clone(), listener, place));
+    let serving = tokio::spawn(serve(&agent.proxy, listener, place));
     let mut client = TcpStream::connect(addr).await.unwrap();
     client.write_all(b"a").await.unwrap();
     until(&mut client, "a").await;

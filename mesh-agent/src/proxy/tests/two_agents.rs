@@ -1,13 +1,15 @@
 //! Two agents on loopback with real mutual TLS: a task of the one calls a task of the other.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use http_body_util::Empty;
 use hyper_util::rt::TokioIo;
-use tokio::{io::AsyncWriteExt as _, sync::watch};
+use tokio::{io::AsyncWriteExt as _, sync::watch, task::JoinSet};
 
 use super::*;
 use crate::{
     proxy::inbound,
-    transport::accept::{Acceptance, serve},
+    transport::accept::{Acceptance, Arrival, serve},
 };
 
 /// The agent in front of an application, and where it takes tunnels.
@@ -20,7 +22,7 @@ struct Far {
 async fn far(identities: Identities, app: SocketAddr) -> Far {
     let agent = Agent::with(identities);
     agent.publish(snapshot(Protocol::Auto, vec![local(app)]));
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let listener = Acceptor::new(TcpListener::bind("127.0.0.1:0").await.unwrap().into_std().unwrap()).unwrap();
     let tunnels = listener.local_addr().unwrap();
     let acceptance = Acceptance {
         presents: Arc::new(|_, _| Some(id("world"))),
@@ -30,8 +32,11 @@ async fn far(identities: Identities, app: SocketAddr) -> Far {
     };
     let (drain, draining) = watch::channel(false);
     let proxy = agent.proxy.clone();
-    let handler = move |request| inbound::handle(proxy.clone(), request);
-    tokio::spawn(serve(listener, agent.identities.clone(), acceptance, handler, draining));
+    let spawn = move |connections: &mut JoinSet<()>, arrival: Arrival| {
+        let proxy = proxy.clone();
+        connections.spawn(arrival.run(move |request| inbound::handle(proxy.clone(), request)));
+    };
+    tokio::spawn(serve(listener, agent.identities.clone(), acceptance, spawn, draining));
     Far { agent, tunnels, _drain: drain }
 }
 
@@ -104,6 +109,46 @@ async fn requests_cross_over_pooled_tunnels() {
     near.proxy.drain();
     let line = far.agent.line().await;
     assert_eq!(line["outcome"], "ok", "an idle connection is left in good order: {line}");
+}
+
+#[tokio::test]
+async fn calls_cross_in_one_tunnel_stream_together() {
+    let streams = Arc::new(AtomicUsize::new(0));
+    let counted = streams.clone();
+    let app = server(move |stream| {
+        counted.fetch_add(1, Ordering::Relaxed);
+        async move {
+            let mut connection = h2::server::handshake(stream).await.unwrap();
+            while let Some(Ok((_request, mut respond))) = connection.accept().await {
+                let mut body = respond.send_response(http::Response::new(()), false).unwrap();
+                body.send_data(bytes::Bytes::from_static(b"far"), false).unwrap();
+                let trailers = [(http::HeaderName::from_static("grpc-status"), http::HeaderValue::from(0))];
+                body.send_trailers(trailers.into_iter().collect()).unwrap();
+            }
+        }
+    })
+    .await;
+    let mut far = far(Identities::new(ca("demo.mesh"), DAY), app).await;
+    let mut near = near(&far, app, "world");
+    let (mut sender, connection) = h2::client::handshake(near.connect().await).await.unwrap();
+    tokio::spawn(connection);
+    let calls: Vec<_> = (0..20)
+        .map(|_| {
+            let request = http::Request::get("http://world/").header("content-type", "application/grpc");
+            sender.send_request(request.body(()).unwrap(), true).unwrap().0
+        })
+        .collect();
+    for call in calls {
+        let mut body = soon(call).await.unwrap().into_body();
+        assert_eq!(soon(body.data()).await.unwrap().unwrap(), "far");
+        assert_eq!(soon(body.trailers()).await.unwrap().unwrap()["grpc-status"], "0");
+        let line = near.line().await;
+        assert_eq!((line["grpc.status"].as_u64(), &line["dst.id"]), (Some(0), &id("world").to_string().into()));
+    }
+    assert_eq!(streams.load(Ordering::Relaxed), 1, "one connection for all");
+    near.proxy.drain();
+    let line = far.agent.line().await;
+    assert_eq!(line["outcome"], "ok", "the upstream connection is left in good order: {line}");
 }
 
 #[tokio::test]

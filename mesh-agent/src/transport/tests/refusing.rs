@@ -279,7 +279,7 @@ async fn a_silent_peer_is_closed_in_time() {
         drain: Duration::from_secs(1),
     };
     let (_drain, draining) = watch::channel(false);
-    tokio::spawn(serve(listener, identities(), acceptance, |_: Request| async {}, draining));
+    tokio::spawn(serving(listener, identities(), acceptance, |_: Request| async {}, draining));
     let mut tcp = TcpStream::connect(addr).await.unwrap();
     assert_eq!(soon(tcp.read(&mut [0; 8])).await.unwrap(), 0);
     assert_eq!(soon(failed.recv()).await.unwrap().error.refusal(), Refusal::HandshakeFailed);
@@ -375,7 +375,7 @@ async fn nothing_to_present_is_no_identity() {
     };
     let (_drain, draining) = watch::channel(false);
     let identities = identities();
-    tokio::spawn(serve(listener, identities.clone(), acceptance, |_: Request| async {}, draining));
+    tokio::spawn(serving(listener, identities.clone(), acceptance, |_: Request| async {}, draining));
     assert_eq!(error_of(&dialer(&identities), &to).await.refusal, Refusal::HandshakeFailed);
     let failure = soon(failed.recv()).await.unwrap();
     assert_eq!(failure.error.refusal(), Refusal::NoIdentity);
@@ -401,7 +401,7 @@ async fn the_server_shows_what_the_name_asks_for() {
         let tell = tell.clone();
         async move { drop(tell.send((request.presented.clone(), request.peer.clone(), request.accept().unwrap())).await) }
     };
-    tokio::spawn(serve(listener, identities.clone(), acceptance, handler, draining));
+    tokio::spawn(serving(listener, identities.clone(), acceptance, handler, draining));
     let dialer = dialer(&identities);
     for service in ["cache", "world"] {
         let to = To { agent: addr, expect: id(service), ..foreign_listener().await.1 };

@@ -163,7 +163,7 @@ async fn a_dead_pooled_connection_costs_one_more_attempt() {
         drain: Duration::from_secs(1),
     };
     let (_drain, draining) = watch::channel(false);
-    tokio::spawn(serve(
+    tokio::spawn(serving(
         listener,
         identities.clone(),
         acceptance,
@@ -219,7 +219,7 @@ async fn draining_ends_in_time_whatever_the_streams_do() {
         drain: Duration::from_millis(100),
     };
     let (drain, draining) = watch::channel(false);
-    let task = tokio::spawn(serve(
+    let task = tokio::spawn(serving(
         listener,
         identities.clone(),
         acceptance,

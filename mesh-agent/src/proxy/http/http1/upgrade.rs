@@ -12,9 +12,14 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use mesh_common::refusal::Refusal;
 
-use super::{answer::Answer, hop, parting::Parting};
+use super::answer::Answer;
 use crate::{
-    proxy::{copy, loads::InFlight, wire::Wire},
+    proxy::{
+        copy,
+        http::{hop, parting::Parting},
+        loads::InFlight,
+        wire::Wire,
+    },
     telemetry::access::Access,
 };
 

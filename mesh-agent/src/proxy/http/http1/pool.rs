@@ -13,9 +13,10 @@ use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
 use mesh_core::{id::SpiffeId, model::EndpointId, plan::Delivery};
 
-use super::{answer::Upload, parting::Parting};
+use super::answer::Upload;
 use crate::proxy::{
     Proxy,
+    http::parting::Parting,
     route::{Route, Upstream},
     wire::{self, Wire},
 };

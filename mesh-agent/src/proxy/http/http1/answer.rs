@@ -13,13 +13,13 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderValue, Response, StatusCode, header};
+use http::Response;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use mesh_common::refusal::Refusal;
 
 use super::pool::{Sender, Slot, give_back};
 use crate::{
-    proxy::{Proxy, draw, loads::InFlight},
+    proxy::{Proxy, draw, http::refusal, loads::InFlight},
     telemetry::{
         access::{Access, Counts},
         metrics::Outcome,
@@ -182,42 +182,7 @@ impl Body for Answer {
     }
 }
 
-/// The answer to a request that is not served: poorer than what the operator's log says.
+/// The answer to a request that is not served.
 pub(super) fn refusal(refusal: Refusal) -> Response<Answer> {
-    let text = format!("ecs-mesh: request refused, reason {} ({})\n", refusal as u32, refusal.label());
-    let mut response = Response::new(Answer::Own(text.into()));
-    *response.status_mut() = status(refusal);
-    let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
-    if let Ok(value) = HeaderValue::try_from(format!("{} {}", refusal as u32, refusal.label())) {
-        headers.insert("ecs-mesh-refusal", value);
-    }
-    response
-}
-
-fn status(refusal: Refusal) -> StatusCode {
-    match refusal {
-        Refusal::BadRequest => StatusCode::BAD_REQUEST,
-        Refusal::Denied => StatusCode::FORBIDDEN,
-        Refusal::ConnectTimeout => StatusCode::GATEWAY_TIMEOUT,
-        Refusal::UpstreamReset
-        | Refusal::BadProtocol
-        | Refusal::UntrustedPeer
-        | Refusal::ExpiredPeer
-        | Refusal::UnexpectedIdentity
-        | Refusal::HandshakeFailed => StatusCode::BAD_GATEWAY,
-        Refusal::UnknownPort
-        | Refusal::NoEndpoint
-        | Refusal::NoHealthyEndpoint
-        | Refusal::AgentAwayFailClosed
-        | Refusal::MapFull
-        | Refusal::PlaintextForbidden
-        | Refusal::ConnectFailed
-        | Refusal::TunnelRefused
-        | Refusal::NotLocal
-        | Refusal::NoIdentity
-        | Refusal::OriginalLost
-        | Refusal::Draining
-        | Refusal::TaskGone => StatusCode::SERVICE_UNAVAILABLE,
-    }
+    refusal::plain(refusal).map(Answer::Own)
 }

@@ -13,22 +13,25 @@ use hyper::{
     client::conn::TrySendError,
 };
 use mesh_common::refusal::Refusal;
-use mesh_core::{model::EndpointId, plan::Plan};
+use mesh_core::plan::Plan;
 
 use super::{
-    Answered, Client,
+    Answered, Connection,
     answer::{self, Answer, Rest, Upload},
-    hop,
     pool::{self, Sender, Slot},
     upgrade,
 };
 use crate::{
     proxy::{
         draw,
+        http::{
+            client::{self, Client},
+            hop,
+        },
         loads::InFlight,
-        route::{self, MAX_TRIES},
+        route::Attempts,
     },
-    telemetry::access::Access,
+    telemetry::{access::Access, metrics::Protocol},
 };
 
 /// The client broke off before there was an answer; its connection is closed.
@@ -52,8 +55,9 @@ enum Failed {
 }
 
 /// Answers one request of a client.
-pub(super) async fn answer(client: Arc<Client>, mut request: Request<Incoming>) -> Answered {
-    let mut access = client.record(&request);
+pub(super) async fn answer(connection: Arc<Connection>, mut request: Request<Incoming>) -> Answered {
+    let client = &connection.client;
+    let mut access = client.record(Protocol::Http, request.method(), request.uri());
     if let Err(refusal) = check(&request) {
         return Ok(refuse(access, refusal));
     }
@@ -61,7 +65,7 @@ pub(super) async fn answer(client: Arc<Client>, mut request: Request<Incoming>) 
     let client_side = switching.then(|| hyper::upgrade::on(&mut request));
     let (mut head, body) = request.into_parts();
     prepare(&mut head, switching);
-    let (lease, response) = match send(&client, &mut access, head, body).await {
+    let (lease, response) = match send(client, &mut access, head, body).await {
         Ok(sent) => sent,
         Err(Failed::Refused(refusal)) => {
             client.link(&mut access);
@@ -76,7 +80,7 @@ pub(super) async fn answer(client: Arc<Client>, mut request: Request<Incoming>) 
         && agreed(&access, response.status())
     {
         let (response, switched) = upgrade::switch(client_side, response, access, in_flight);
-        client.becomes(switched);
+        connection.becomes(switched);
         return Ok(response);
     }
     let (mut head, body) = response.into_parts();
@@ -133,23 +137,18 @@ async fn send(
     body: Incoming,
 ) -> Result<(Lease, Response<Incoming>), Failed> {
     let proxy = &client.route.proxy;
-    let repeatable = body.is_end_stream() && is_idempotent(&head.method);
+    let repeatable = body.is_end_stream() && client::is_idempotent(&head.method);
     let (upload, broken) = Upload::new(body, access.counts.clone());
     let mut request = Request::from_parts(head, upload);
-    let mut tried = Vec::new();
-    let mut last = None;
+    let mut attempts = Attempts::default();
     let mut fresh = false;
     loop {
-        let plan = client.route.plan(&tried).map_err(|refusal| Failed::Refused(last.unwrap_or(refusal)))?;
-        route::note(access, &plan);
-        let mut lease = match lease(client, plan, &mut tried, fresh).await {
+        let plan = attempts.plan(&client.route, access).map_err(Failed::Refused)?;
+        let endpoint = plan.endpoint.clone();
+        let mut lease = match lease(client, plan, fresh).await {
             Ok(lease) => lease,
-            Err(refusal) if tried.len() >= MAX_TRIES || !route::worth_another(refusal) => {
-                return Err(Failed::Refused(refusal));
-            }
             Err(refusal) => {
-                last = Some(refusal);
-                proxy.telemetry.metrics.retries.inc();
+                attempts.failed(&client.route, &endpoint.id, refusal).map_err(Failed::Refused)?;
                 continue;
             }
         };
@@ -177,23 +176,19 @@ async fn send(
                 return Err(Failed::Refused(failure));
             }
         };
-        proxy.telemetry.metrics.retries.inc();
         if lease.used {
             // It was closed while it lay idle, which says nothing about the endpoint.
+            proxy.telemetry.metrics.retries.inc();
             fresh = true;
         } else {
             lease.in_flight.failed(proxy.now(), draw());
-            tried.push(lease.slot.endpoint);
-            last = Some(failure);
-            if tried.len() >= MAX_TRIES {
-                return Err(Failed::Refused(failure));
-            }
+            attempts.failed(&client.route, &endpoint.id, failure).map_err(Failed::Refused)?;
         }
     }
 }
 
 /// A connection to the planned endpoint: an idle one, unless it has to be `fresh`, or a new one.
-async fn lease(client: &Client, plan: Plan, tried: &mut Vec<EndpointId>, fresh: bool) -> Result<Lease, Refusal> {
+async fn lease(client: &Client, plan: Plan, fresh: bool) -> Result<Lease, Refusal> {
     let route = &client.route;
     let slot =
         Slot { endpoint: plan.endpoint.id, source: route.source.identity.clone(), delivery: plan.delivery.clone() };
@@ -201,12 +196,11 @@ async fn lease(client: &Client, plan: Plan, tried: &mut Vec<EndpointId>, fresh: 
         let in_flight = route.proxy.loads.start(&slot.endpoint);
         return Ok(Lease { sender, slot, in_flight, used: true });
     }
-    let upstream = route.connect(plan, tried).await?;
+    let upstream = route.connect(plan).await?;
     match pool::handshake(upstream.wire).await {
         Ok(sender) => Ok(Lease { sender, slot, in_flight: upstream.in_flight, used: false }),
         Err(_ended) => {
             upstream.in_flight.failed(route.proxy.now(), draw());
-            tried.push(slot.endpoint);
             Err(Refusal::UpstreamReset)
         }
     }
@@ -231,8 +225,4 @@ fn copy_of(request: &Request<Upload>) -> Request<Upload> {
     copy.headers_mut().clone_from(request.headers());
     copy.extensions_mut().clone_from(request.extensions());
     copy
-}
-
-fn is_idempotent(method: &Method) -> bool {
-    matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS | Method::PUT | Method::DELETE | Method::TRACE)
 }

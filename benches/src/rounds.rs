@@ -1,0 +1,201 @@
+//! Measures every subject at every work, in turn, several times; and the table of what came out.
+//!
+//! Interleaved: all subjects do the same work one after another before the next work begins, and the whole is repeated,
+//! so that what the machine does besides meets all of them. It must not judge.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context as _, Result};
+
+use crate::{
+    figures::{self, median, spread},
+    load::{Sample, Work},
+    subject::Subject,
+    topology::Topology,
+    usage::{self, Strangers, Watch},
+};
+
+/// What one run of one work through one subject yielded, and what it cost.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Cell {
+    pub sample: Sample,
+    /// CPU time of both proxies together, in microseconds: for each operation, and in all.
+    pub cpu: f64,
+    pub cpu_total: f64,
+    /// The most memory of both proxies together, in bytes; shared pages once.
+    pub memory: f64,
+    /// Share of the machine that others took meanwhile.
+    pub strangers: f64,
+}
+
+/// A column of the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Metric {
+    Rate,
+    P10,
+    P50,
+    P99,
+    Cpu,
+    CpuTotal,
+    Memory,
+    Strangers,
+}
+
+/// What was measured, by work, subject and round. A run that failed is `None`.
+#[derive(Debug, Default)]
+pub struct Table {
+    cells: BTreeMap<(Work, String), Vec<Option<Cell>>>,
+}
+
+impl Table {
+    pub fn add(&mut self, work: Work, subject: &str, cell: Option<Cell>) {
+        self.cells.entry((work, subject.to_owned())).or_default().push(cell);
+    }
+
+    /// One value for each round; nothing where the subject did not do the work.
+    #[must_use]
+    pub fn series(&self, work: Work, subject: &str, metric: Metric) -> Vec<Option<f64>> {
+        let rounds = self.cells.get(&(work, subject.to_owned())).map_or(&[][..], Vec::as_slice);
+        rounds.iter().map(|cell| cell.as_ref().and_then(|cell| metric.of(cell))).collect()
+    }
+
+    #[must_use]
+    pub fn median(&self, work: Work, subject: &str, metric: Metric) -> Option<f64> {
+        median(&self.series(work, subject, metric).into_iter().flatten().collect::<Vec<_>>())
+    }
+
+    #[must_use]
+    pub fn spread(&self, work: Work, subject: &str, metric: Metric) -> Option<f64> {
+        spread(&self.series(work, subject, metric).into_iter().flatten().collect::<Vec<_>>())
+    }
+
+    /// Median over the rounds of `one / other`.
+    #[must_use]
+    pub fn ratio(&self, work: Work, one: &str, other: &str, metric: Metric) -> Option<f64> {
+        figures::ratio(&self.series(work, one, metric), &self.series(work, other, metric))
+    }
+
+    /// Every value of a column.
+    #[must_use]
+    pub fn column(&self, metric: Metric) -> Vec<f64> {
+        self.cells.values().flatten().flatten().filter_map(|cell| metric.of(cell)).collect()
+    }
+
+    /// The most over all works and rounds.
+    #[must_use]
+    pub fn most(&self, subject: &str, metric: Metric) -> Option<f64> {
+        let own = self.cells.iter().filter(|((_, name), _)| name == subject);
+        own.flat_map(|(_, cells)| cells.iter().flatten().filter_map(|cell| metric.of(cell))).max_by(f64::total_cmp)
+    }
+
+    /// Runs that failed.
+    #[must_use]
+    pub fn failures(&self) -> usize {
+        self.cells.values().flatten().filter(|cell| cell.is_none()).count()
+    }
+}
+
+impl Metric {
+    fn of(self, cell: &Cell) -> Option<f64> {
+        match self {
+            Self::Rate => Some(cell.sample.rate),
+            Self::P10 => cell.sample.p10,
+            Self::P50 => cell.sample.p50,
+            Self::P99 => cell.sample.p99,
+            Self::Cpu => Some(cell.cpu),
+            Self::CpuTotal => Some(cell.cpu_total),
+            Self::Memory => Some(cell.memory),
+            Self::Strangers => Some(cell.strangers),
+        }
+    }
+}
+
+/// How often in a round the shortest works are done.
+const TURNS: usize = 5;
+
+/// Measures all, telling each result as it comes.
+pub fn measure(
+    topology: &Topology,
+    subjects: &[Subject],
+    works: &[Work],
+    (rounds, seconds): (u32, u32),
+    mut tell: impl FnMut(&str),
+) -> Table {
+    let mut table = Table::default();
+    for round in 1..=rounds {
+        for &work in works {
+            // Differences of a microsecond drown in anything but turns that follow each other closely.
+            let turns = if work.is_a_race() || work == Work::Paced { 1 } else { TURNS };
+            let able = || subjects.iter().filter(|subject| subject.works.contains(&work));
+            for subject in (0..turns).flat_map(|_| able()) {
+                let cell = cell(topology, subject, work, seconds);
+                tell(&match &cell {
+                    Ok(cell) => line(round, work, subject.name, cell),
+                    Err(error) => format!("round {round} {:<8} {:<18} FAILED {error:#}", work.name(), subject.name),
+                });
+                table.add(work, subject.name, cell.ok());
+            }
+        }
+    }
+    table
+}
+
+fn line(round: u32, work: Work, name: &str, cell: &Cell) -> String {
+    let times = cell.sample.p50.zip(cell.sample.p99).map(|(p50, p99)| format!(" p50 {p50:.1} µs p99 {p99:.1} µs"));
+    let ((rate, unit), (cost, per)) = (work.rate(cell.sample.rate), work.cost(cell.cpu));
+    format!(
+        "round {round} {:<8} {name:<18} {rate:>10.1} {unit}{} {cost:>8.1} {per}, {:.1} MiB, others {:.0} %",
+        work.name(),
+        times.unwrap_or_default(),
+        cell.memory / f64::from(1 << 20),
+        cell.strangers * 100.0,
+    )
+}
+
+fn cell(topology: &Topology, subject: &Subject, work: Work, seconds: u32) -> Result<Cell> {
+    let pair = if subject.meshed { &topology.meshed } else { &topology.plain };
+    let watch = Watch::start(&subject.pids);
+    let cgroup = topology.cluster.hosts()[0].cgroup().parent().context("a host's cgroup is in the cluster's")?;
+    let strangers = Strangers::watch(cgroup)?;
+    let before = usage::cpu(&subject.pids);
+    let sample = work.run(&topology.cluster, (pair, subject.client), &subject.target, seconds)?;
+    let used = usage::cpu(&subject.pids).saturating_sub(before).as_secs_f64() * 1e6;
+    Ok(Cell {
+        sample,
+        cpu: used / sample.operations,
+        cpu_total: used,
+        strangers: strangers.share()?,
+        memory: watch.most() as f64,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cell(rate: f64) -> Option<Cell> {
+        Some(Cell { sample: Sample { rate, ..Sample::default() }, ..Cell::default() })
+    }
+
+    #[test]
+    fn ratios_are_taken_round_by_round() {
+        let mut table = Table::default();
+        for (one, other) in [(10.0, 20.0), (30.0, 20.0), (10.0, 10.0)] {
+            table.add(Work::Http, "one", cell(one));
+            table.add(Work::Http, "other", cell(other));
+        }
+        assert_eq!(table.ratio(Work::Http, "one", "other", Metric::Rate), Some(1.0));
+        assert_eq!(table.median(Work::Http, "one", Metric::Rate), Some(10.0));
+        assert_eq!(table.most("one", Metric::Rate), Some(30.0));
+        assert_eq!(table.ratio(Work::Bulk, "one", "other", Metric::Rate), None);
+    }
+
+    #[test]
+    fn a_failed_run_is_no_figure_but_is_counted() {
+        let mut table = Table::default();
+        table.add(Work::Http, "one", None);
+        table.add(Work::Http, "one", cell(4.0));
+        assert_eq!(table.median(Work::Http, "one", Metric::Rate), Some(4.0));
+        assert_eq!(table.failures(), 1);
+    }
+}

@@ -1,0 +1,166 @@
+//! What a real Consul does not do on command: garbage, silence, an index that runs backwards or is missing.
+
+use std::{
+    io::{BufRead as _, BufReader, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
+use mesh_tests::until::until;
+
+use super::discovery::Running;
+
+const LIMIT: Duration = Duration::from_secs(20);
+const WORLD: &str = r#"[{"Node":{"Address":"10.0.0.1"},"Service":{"ID":"w","Port":80},"Checks":[]}]"#;
+
+/// What the double answers.
+#[derive(Clone, Debug)]
+struct Script {
+    /// `None`: no such header.
+    index: Option<u64>,
+    names: &'static str,
+    health: &'static str,
+    /// Whether an answer to a blocking question is kept back.
+    blocks: bool,
+    /// Whether nothing at all is answered.
+    silent: bool,
+}
+
+/// A loopback server that answers by a script, and remembers what it was asked.
+struct Double {
+    addr: SocketAddr,
+    shared: Arc<Mutex<(Script, Vec<String>)>>,
+}
+
+impl Double {
+    fn start() -> Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let script = Script { index: Some(7), names: r#"{"world":[]}"#, health: WORLD, blocks: true, silent: false };
+        let shared = Arc::new(Mutex::new((script, Vec::new())));
+        let double = Self { addr: listener.local_addr()?, shared: shared.clone() };
+        // It ends with the test's process.
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let shared = shared.clone();
+                // A client that goes away is its own business.
+                thread::spawn(move || serve(stream, &shared).ok());
+            }
+        });
+        Ok(double)
+    }
+
+    fn running(&self) -> Result<Running> {
+        Running::start(&format!("http://{}", self.addr), "wait = \"1s\"")
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Script)) {
+        change(&mut self.shared.lock().unwrap_or_else(PoisonError::into_inner).0);
+    }
+
+    /// What was asked for since the last time.
+    fn asked(&self) -> Vec<String> {
+        std::mem::take(&mut self.shared.lock().unwrap_or_else(PoisonError::into_inner).1)
+    }
+}
+
+fn serve(mut stream: TcpStream, shared: &Mutex<(Script, Vec<String>)>) -> std::io::Result<()> {
+    let mut input = BufReader::new(stream.try_clone()?);
+    loop {
+        let mut request = String::new();
+        if input.read_line(&mut request)? == 0 {
+            return Ok(());
+        }
+        let mut header = String::new();
+        while input.read_line(&mut header)? > 2 {
+            header.clear();
+        }
+        let began = Instant::now();
+        let target = request.split(' ').nth(1).unwrap_or_default().to_owned();
+        let asked = target.split('&').find_map(|part| part.strip_prefix("index=")).and_then(|index| index.parse().ok());
+        let script = || shared.lock().unwrap_or_else(PoisonError::into_inner).0.clone();
+        shared.lock().unwrap_or_else(PoisonError::into_inner).1.push(target.clone());
+        while script().silent
+            || script().blocks && asked == script().index && asked.is_some() && began.elapsed() < Duration::from_secs(1)
+        {
+            thread::sleep(Duration::from_millis(5));
+        }
+        let script = script();
+        let body = if target.starts_with("/v1/catalog/services") { script.names } else { script.health };
+        let index = script.index.map(|index| format!("X-Consul-Index: {index}\r\n")).unwrap_or_default();
+        write!(stream, "HTTP/1.1 200 OK\r\n{index}Content-Length: {}\r\n\r\n{body}", body.len())?;
+    }
+}
+
+#[test]
+fn garbage_changes_nothing() -> Result<()> {
+    let double = Double::start()?;
+    let running = double.running()?;
+    let world: &[(&str, &[&str])] = &[("world", &["80 10.0.0.1:80 100"])];
+    running.await_seen(world)?;
+    for (names, health) in [("<html>", WORLD), (r#"{"world":[]}"#, "{}"), ("{}", WORLD), ("", "")] {
+        double.change(|script| {
+            (script.names, script.health) = (names, health);
+            script.index = script.index.map(|index| index + 1);
+        });
+        until(LIMIT, "it is noticed", || Ok(running.error().map(|_error| ()).ok_or(names)))?;
+        running.await_seen(world)?;
+        double.change(|script| {
+            (script.names, script.health) = (r#"{"world":[]}"#, WORLD);
+            script.index = script.index.map(|index| index + 1);
+        });
+        until(LIMIT, "all is well again", || Ok(running.error().map_or(Ok(()), Err)))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn an_index_that_goes_back_is_not_asked_for_again() -> Result<()> {
+    let double = Double::start()?;
+    let running = double.running()?;
+    running.await_seen(&[("world", &["80 10.0.0.1:80 100"])])?;
+    until(LIMIT, "it blocks", || {
+        Ok(if double.asked().iter().any(|asked| asked.contains("index=7")) { Ok(()) } else { Err("") })
+    })?;
+    double.change(|script| script.index = Some(3));
+    until(LIMIT, "it asks from the beginning and goes on from there", || {
+        let asked = double.asked();
+        let list: Vec<_> = asked.iter().filter(|asked| asked.contains("catalog")).collect();
+        Ok(if list.iter().any(|asked| asked.contains("index=3")) { Ok(()) } else { Err(format!("{list:?}")) })
+    })?;
+    thread::sleep(Duration::from_millis(1200));
+    ensure!(!double.asked().iter().any(|asked| asked.contains("index=7")), "the old index is forgotten");
+    running.await_seen(&[("world", &["80 10.0.0.1:80 100"])])
+}
+
+#[test]
+fn a_server_that_does_not_block_is_not_asked_without_end() -> Result<()> {
+    let double = Double::start()?;
+    double.change(|script| (script.index, script.blocks) = (None, false));
+    let running = double.running()?;
+    running.await_seen(&[("world", &["80 10.0.0.1:80 100"])])?;
+    double.asked();
+    // A span of time is what is measured here.
+    thread::sleep(Duration::from_secs(4));
+    let asked = double.asked().len();
+    // Two queries, two in a second each, and what is left of ten at the beginning.
+    ensure!((4..=2 * (10 + 4 * 2)).contains(&asked), "{asked} questions in four seconds");
+    Ok(())
+}
+
+#[test]
+fn silence_is_noticed() -> Result<()> {
+    let double = Double::start()?;
+    let running = double.running()?;
+    running.await_seen(&[("world", &["80 10.0.0.1:80 100"])])?;
+    double.change(|script| (script.silent, script.index) = (true, Some(8)));
+    until(LIMIT * 2, "an error", || {
+        let error = running.error().unwrap_or_default();
+        Ok(if error.contains("did not answer") { Ok(()) } else { Err(error) })
+    })?;
+    running.await_seen(&[("world", &["80 10.0.0.1:80 100"])])?;
+    double.change(|script| script.silent = false);
+    until(LIMIT * 2, "all is well again", || Ok(running.error().map_or(Ok(()), Err)))
+}
