@@ -15,7 +15,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("sys", &[]),
     // These fetch and report; they touch no kernel object. An ENI's address is found inside its namespace only.
     ("tasks", &["sys::netns"]),
-    ("discovery", &[]),
+    ("discovery", &["sys::memory"]),
     ("identity", &[]),
     ("transport", &["sys::socket", "identity"]),
     // Both serve sockets inside a task's namespace and ask where a flow was meant to go.
@@ -37,6 +37,7 @@ const EXCEPTIONS: &[(&str, &str, &str)] = &[
     ("cli/check.rs", "sys::probe", "it looks at the machine before there is an agent"),
     ("cli/check.rs", "discovery::consul::check", "it asks Consul before there is an agent"),
     ("cli/run.rs", "sys::probe", "it refuses to start where `check` would fail"),
+    ("cli/run.rs", "sys::memory", "the allocator is set before there are threads"),
     ("cli/cleanup.rs", "sys::bpf", "it removes what an agent left when there is none"),
     ("cli/ca.rs", "identity", "it makes a certificate authority before there is an agent"),
 ];
