@@ -7,6 +7,7 @@ pub mod agents;
 pub mod certificates;
 pub mod figures;
 pub mod goals;
+pub mod interrupt;
 pub mod load;
 pub mod peers;
 pub mod plot;

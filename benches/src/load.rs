@@ -55,7 +55,6 @@ pub struct Sample {
     /// Operations in all.
     pub operations: f64,
     /// Microseconds.
-    pub p10: Option<f64>,
     pub p50: Option<f64>,
     pub p99: Option<f64>,
 }
@@ -205,12 +204,12 @@ fn iperf(said: &str) -> Result<Sample> {
     Ok(Sample { rate: bits / 8.0, operations: bytes, ..Sample::default() })
 }
 
-/// `COUNT P10 P50 P90 P99 MOST`
+/// `COUNT P50 P90 P99 MOST`
 fn probe(said: &str, seconds: u32) -> Result<Sample> {
     let fields: Vec<f64> = said.split_whitespace().filter_map(|field| field.parse().ok()).collect();
-    let &[count, p10, p50, _, p99, _] = fields.as_slice() else { anyhow::bail!("not six numbers") };
+    let &[count, p50, _, p99, _] = fields.as_slice() else { anyhow::bail!("not five numbers") };
     ensure!(count > 0.0, "nothing was measured");
-    Ok(Sample { rate: count / f64::from(seconds), operations: count, p10: Some(p10), p50: Some(p50), p99: Some(p99) })
+    Ok(Sample { rate: count / f64::from(seconds), operations: count, p50: Some(p50), p99: Some(p99) })
 }
 
 fn number_after(text: &str, key: &str) -> Option<f64> {
@@ -255,8 +254,8 @@ mod tests {
 
     #[test]
     fn probe_is_read() {
-        let sample = probe("6000 90.00 104.00 200.10 310.50 1000.00\n", 3).expect("it has all");
+        let sample = probe("6000 104.00 200.10 310.50 1000.00\n", 3).expect("it has all");
         assert_eq!((sample.rate, sample.p50, sample.p99), (2000.0, Some(104.0), Some(310.5)));
-        assert!(probe("0 0 0 0 0 0", 3).is_err());
+        assert!(probe("0 0 0 0 0", 3).is_err());
     }
 }

@@ -32,7 +32,8 @@ pub struct Cell {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Metric {
     Rate,
-    P10,
+    /// Seconds.
+    Duration,
     P50,
     P99,
     Cpu,
@@ -99,7 +100,7 @@ impl Metric {
     fn of(self, cell: &Cell) -> Option<f64> {
         match self {
             Self::Rate => Some(cell.sample.rate),
-            Self::P10 => cell.sample.p10,
+            Self::Duration => Some(cell.sample.operations / cell.sample.rate).filter(|seconds| seconds.is_finite()),
             Self::P50 => cell.sample.p50,
             Self::P99 => cell.sample.p99,
             Self::Cpu => Some(cell.cpu),
