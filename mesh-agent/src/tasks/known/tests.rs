@@ -35,7 +35,7 @@ impl Processes {
             }
             Ok(all)
         });
-        started.join().unwrap()
+        started.join().map_err(|_panicked| io::Error::other("it panicked"))?
     }
 
     fn end(&mut self, index: usize) {
