@@ -171,10 +171,8 @@ fn services(size: Size, moved: Option<SocketAddr>) -> String {
 /// Starts the agent; how long until it is ready.
 fn start(host: &Host) -> Result<(Process, Duration)> {
     let log = host.dir().join("mesh-agent.log");
-    fs::remove_file(&log).or_else(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => Ok(()),
-        _ => Err(error),
-    })?;
+    fs::remove_file(&log)
+        .or_else(|error| if error.kind() == std::io::ErrorKind::NotFound { Ok(()) } else { Err(error) })?;
     let began = Instant::now();
     let process = host.spawn("mesh-agent", &["mesh-agent", "run", "--config", "/etc/ecs-mesh/agent.toml"])?;
     let ready = until("the agent is ready", || {
