@@ -4,11 +4,14 @@
 //! there (`mesh_common::maps::counter::EVENT_LOST`).
 #![expect(unsafe_code, reason = "registering a descriptor with the runtime is unsafe")]
 
-use std::io;
+use std::{io, time::Duration};
 
 use aya::maps::{MapData, RingBuf};
 use mesh_common::event::Event;
-use tokio::{io::unix::AsyncFd, sync::mpsc};
+use tokio::{io::unix::AsyncFd, sync::mpsc, time::timeout};
+
+/// The kernel wakes us only when much waits (`mesh-ebpf/src/kernel/report.rs`); what is little waits at most so long.
+const EVERY: Duration = Duration::from_millis(100);
 
 /// Forwards every record until nobody listens any more. Waits for room in the channel, the ring buffer behind it.
 ///
@@ -18,9 +21,10 @@ pub async fn forward(ring: RingBuf<MapData>, to: mpsc::Sender<Event>) -> io::Res
     // SAFETY: a `RingBuf` owns its descriptor, always names the same one, and lives inside the `AsyncFd`.
     let mut ring = unsafe { AsyncFd::register(ring) }?;
     loop {
-        let mut guard = ring.readable_mut().await?;
-        let ring = guard.get_inner_mut();
-        while let Some(record) = ring.next() {
+        if let Ok(woken) = timeout(EVERY, ring.readable_mut()).await {
+            woken?.clear_ready();
+        }
+        while let Some(record) = ring.get_mut().next() {
             let event = Event::from_bytes(&record);
             drop(record);
             if let Some(event) = event
@@ -29,6 +33,5 @@ pub async fn forward(ring: RingBuf<MapData>, to: mpsc::Sender<Event>) -> io::Res
                 return Ok(());
             }
         }
-        guard.clear_ready();
     }
 }
