@@ -3,6 +3,7 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
+use nix::sys::signal::{SigSet, Signal};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{check, config, notify::Notify};
@@ -35,6 +36,7 @@ pub struct Args {
 /// The configuration has faults, or the agent cannot start.
 pub fn run(args: Args) -> anyhow::Result<()> {
     memory::return_large_blocks();
+    let_through()?;
     let config = config::load(&args.config)?;
     telemetry::init(&config.log)?;
     preflight(&check::settings(&config))?;
@@ -69,6 +71,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     })
 }
 
+/// Signals that whoever started the agent had held back: a held-back SIGTERM would never end it. To be called before there
+/// are threads, which inherit what is held back (`signal(7)`).
+fn let_through() -> anyhow::Result<()> {
+    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
+    signals.thread_unblock().context("cannot let SIGTERM, SIGINT and SIGHUP through")
+}
+
 /// Refuses to start on a host that cannot run the agent, before anything is attached. Docker may come later.
 fn preflight(settings: &Settings) -> anyhow::Result<()> {
     let findings = probe::all(settings);
@@ -76,4 +85,18 @@ fn preflight(settings: &Settings) -> anyhow::Result<()> {
     let lines: String = failed.map(|finding| format!("\n  {finding}")).collect();
     anyhow::ensure!(lines.is_empty(), "this host cannot run the agent (`mesh-agent check` shows everything):{lines}");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signal_that_the_parent_held_back_gets_through() {
+        let held = SigSet::from_iter([Signal::SIGTERM]);
+        held.thread_block().unwrap();
+        assert!(SigSet::thread_get_mask().unwrap().contains(Signal::SIGTERM));
+        let_through().unwrap();
+        assert!(!SigSet::thread_get_mask().unwrap().contains(Signal::SIGTERM));
+    }
 }

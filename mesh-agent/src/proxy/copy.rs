@@ -2,7 +2,8 @@
 //!
 //! Memory is bounded by what one read can bring: a direction reads only when everything before has been written.
 //! Reads go through a buffer that the thread owns, so an idle connection holds no buffer at all; only what the
-//! destination did not take at once is kept. No timeout: an idle connection stays.
+//! destination did not take at once is kept. What a long stream brings for a tunnel is read into memory of its own,
+//! which the tunnel takes over. No timeout: an idle connection stays.
 //!
 //! ```text
 //! direction:  open ──read EOF──► shut down the other side ──► ended
@@ -17,27 +18,28 @@ use std::{
     cell::RefCell,
     future::{Future, poll_fn},
     io,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll, ready},
 };
 
-use bytes::{Buf as _, Bytes};
+use bytes::{Buf as _, Bytes, BytesMut};
 use tokio::{
-    io::{AsyncRead as _, AsyncWrite as _, Interest, ReadBuf},
+    io::{AsyncRead as _, AsyncReadExt as _, AsyncWrite as _, Interest, ReadBuf},
     net::TcpStream,
 };
 
 use super::wire::{self, Socket, Wire};
 use crate::{
     telemetry::{access::Counts, metrics::Outcome},
-    transport::tunnel::Tunnel,
+    transport::tunnel::{LARGEST_FRAME, Tunnel},
 };
 
-/// Size of a read: small at first, so that a slow destination holds little; then growing with the stream.
+/// Size of a read: small at first, so that a slow destination holds little; then growing with the stream, by full
+/// frames of a tunnel.
 const FIRST_READ: usize = 16 << 10;
-const LARGE_READ: usize = 64 << 10;
-const LARGEST_READ: usize = 256 << 10;
+const LARGE_READ: usize = LARGEST_FRAME;
+const LARGEST_READ: usize = 4 * LARGEST_FRAME;
 /// Bytes after which reads become large, and largest.
 const LARGE_AFTER: u64 = 128 << 10;
 const LARGEST_AFTER: u64 = 10 << 20;
@@ -161,12 +163,27 @@ impl Flow {
             }
             return Poll::Ready(Ok(()));
         }
+        let size = match self.total {
+            0..LARGE_AFTER => FIRST_READ,
+            LARGE_AFTER..LARGEST_AFTER => LARGE_READ,
+            LARGEST_AFTER.. => LARGEST_READ,
+        };
+        if let (End::Tcp(stream), End::Tunnel(_)) = (&mut *from, &*to)
+            && size > FIRST_READ
+        {
+            let mut read = BytesMut::with_capacity(size);
+            let length = ready!(pin!(stream.read_buf(&mut read)).poll(cx))?;
+            if length == 0 {
+                self.eof = true;
+                from.ended();
+            } else if length < size / 2 {
+                self.left = Bytes::copy_from_slice(&read);
+            } else {
+                self.left = read.freeze();
+            }
+            return Poll::Ready(Ok(()));
+        }
         SCRATCH.with_borrow_mut(|scratch| {
-            let size = match self.total {
-                0..LARGE_AFTER => FIRST_READ,
-                LARGE_AFTER..LARGEST_AFTER => LARGE_READ,
-                LARGEST_AFTER.. => LARGEST_READ,
-            };
             if scratch.len() < size {
                 scratch.resize(size, 0);
             }

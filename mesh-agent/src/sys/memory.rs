@@ -7,13 +7,21 @@
 #[cfg(target_env = "gnu")]
 const LARGE: nix::libc::c_int = 1 << 20;
 
-/// Keeps the C library from raising that size with every large block that is freed, after which it would hold on to
-/// them. To be called before there are threads.
+/// As much free memory may an arena keep at its end. With less (128 KiB unless told), the buffers of a fast stream
+/// are taken from the system and given back for every one of its frames.
+#[cfg(target_env = "gnu")]
+const KEPT: nix::libc::c_int = 2 << 20;
+
+/// Keeps the C library from raising the first of these sizes with every large block that is freed, after which it
+/// would hold on to them. To be called before there are threads.
 pub fn return_large_blocks() {
     #[cfg(target_env = "gnu")]
     {
         // SAFETY: takes no pointer; an unknown parameter is refused.
-        unsafe { nix::libc::mallopt(nix::libc::M_MMAP_THRESHOLD, LARGE) };
+        unsafe {
+            nix::libc::mallopt(nix::libc::M_MMAP_THRESHOLD, LARGE);
+            nix::libc::mallopt(nix::libc::M_TRIM_THRESHOLD, KEPT);
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! TLS 1.3 with a certificate on both sides: the only file that names the TLS library.
+//! TLS 1.3 with a certificate on both sides: the only module that names the TLS library.
 //!
 //! A peer is good when its chain leads to a root of the trust bundle (the library's own path validation), its leaf is
 //! an X.509-SVID of our trust domain, and, on the dialling side, it names the expected identity. Host names mean
@@ -8,11 +8,9 @@
 //! Must not know HTTP/2 or what is sent.
 
 use std::{
-    io::{self, IoSlice},
+    io,
     net::SocketAddr,
-    pin::Pin,
     sync::{Arc, OnceLock},
-    task::{Context, Poll, ready},
     time::{Duration, SystemTime},
 };
 
@@ -35,7 +33,7 @@ use rustls::{
     },
 };
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
 };
 use tokio_rustls::{LazyConfigAcceptor, TlsConnector, TlsStream};
@@ -130,8 +128,8 @@ impl Tls {
         let mut provider = crypto::aws_lc_rs::default_provider();
         provider.kx_groups = vec![kx_group::X25519MLKEM768, kx_group::X25519, kx_group::SECP256R1];
         provider.cipher_suites = vec![
-            crypto::aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384,
             crypto::aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256,
+            crypto::aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384,
         ];
         let provider = Arc::new(provider);
         let bundle = identities.trust_bundle();
@@ -399,74 +397,6 @@ fn refusal_of_verdict(verdict: &CertificateError) -> Refusal {
     }
 }
 
-/// The encrypted stream. Remembers the first TLS failure, because HTTP/2 above it keeps only its text.
-pub(super) struct SecuredIo {
-    stream: TlsStream<TcpStream>,
-    failure: Failure,
-}
-
-/// What went wrong with a TLS stream after its handshake, if anything did. Clones share it.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Failure(Arc<OnceLock<Refusal>>);
-
-impl Failure {
-    /// The refusal that a TLS error on the stream stands for; `None` while there was none, also when the connection
-    /// was merely cut.
-    pub(super) fn refusal(&self) -> Option<Refusal> {
-        self.0.get().copied()
-    }
-
-    fn note(&self, error: &io::Error) {
-        if error.get_ref().is_some_and(|inner| inner.is::<Error>()) {
-            // The first failure is the cause, later ones follow from it.
-            self.0.get_or_init(|| refusal_of(error));
-        }
-    }
-}
-
-impl SecuredIo {
-    fn new(stream: TlsStream<TcpStream>) -> Self {
-        Self { stream, failure: Failure::default() }
-    }
-
-    pub(super) fn failure(&self) -> Failure {
-        self.failure.clone()
-    }
-}
-
-impl AsyncRead for SecuredIo {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let result = ready!(Pin::new(&mut self.stream).poll_read(cx, buf));
-        Poll::Ready(result.inspect_err(|error| self.failure.note(error)))
-    }
-}
-
-impl AsyncWrite for SecuredIo {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
 /// Until when a connection may take new streams: both certificates must be good.
 pub(super) fn good_until(secured: &Secured) -> SystemTime {
     secured.peer.not_after.min(secured.ours.not_after)
@@ -474,3 +404,6 @@ pub(super) fn good_until(secured: &Secured) -> SystemTime {
 
 #[cfg(test)]
 pub(super) mod foreign;
+mod stream;
+
+pub(super) use stream::{Failure, SecuredIo};

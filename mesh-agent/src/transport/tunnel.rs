@@ -15,10 +15,13 @@ use h2::{Reason, RecvStream, SendStream};
 use mesh_core::id::SpiffeId;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::transport::pool::Lease;
+use crate::transport::{h2_settings, pool::Lease};
+
+/// Bytes of a full frame. What is written by multiples of it wastes nothing.
+pub const LARGEST_FRAME: usize = h2_settings::FRAME as usize;
 
 /// The most that one write hands over; h2 cuts it into frames.
-const LARGEST_WRITE: usize = 256 << 10;
+const LARGEST_WRITE: usize = 4 * LARGEST_FRAME;
 
 /// A byte stream to or from a peer agent.
 ///
