@@ -50,8 +50,11 @@ pub fn run(args: &Args) -> Result<bool> {
     build_ebpf::ensure()?;
     let mut cargo = process::cargo();
     // What cannot be set up is said before the first build, and not at all for somebody who only asks for help.
-    if name == "peers" && !args.arguments.iter().any(|argument| argument == "--help") {
-        peers::prepare(&mut cargo)?;
+    let is_help = args.arguments.iter().any(|argument| argument == "--help");
+    match name.as_str() {
+        "peers" if !is_help => peers::prepare(&mut cargo)?,
+        "hooks" => peers::prepare_alone(&mut cargo)?,
+        _ => {}
     }
     cargo.args(["bench", "--package", "mesh-benches", "--bench", name, "--"]);
     cargo.args(args.arguments.iter().filter(|argument| *argument != "--"));

@@ -6,7 +6,7 @@
 use std::{
     env,
     io::{self, Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs as _, UdpSocket},
     process::ExitCode,
     thread,
     time::{Duration, Instant},
@@ -26,6 +26,8 @@ fn main() -> ExitCode {
         ["pace", to, path, rate, seconds] => pace(to, path, rate, seconds),
         ["connect", to, count] => connect(to, count),
         ["trips", to, seconds] => trips(to, seconds),
+        ["associate", to, count] => associate(to, count),
+        ["question", to, count] => question(to, count),
         _ => Err(io::Error::other(format!("no such role: {words:?}"))),
     };
     match said {
@@ -169,6 +171,39 @@ fn connect(to: &str, count: &str) -> io::Result<String> {
         times.push(began.elapsed());
         // Without a reset the ports of this address would be used up.
         SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
+    }
+    times.sort_unstable();
+    Ok(format!("{} {}", times.len(), quantiles(&times)))
+}
+
+/// Times `connect()` of datagram sockets, which sends nothing.
+fn associate(to: &str, count: &str) -> io::Result<String> {
+    let at = resolve(to)?;
+    let mut times = Vec::new();
+    for _ in 0..number(count)? {
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+        let began = Instant::now();
+        socket.connect(at)?;
+        times.push(began.elapsed());
+    }
+    times.sort_unstable();
+    Ok(format!("{} {}", times.len(), quantiles(&times)))
+}
+
+/// Times `sendto()` of a DNS question, which waits for nothing; its answer is awaited before the next.
+fn question(to: &str, count: &str) -> io::Result<String> {
+    /// RFC 1035, section 4: who has the A record of `near`?
+    const QUESTION: &[u8] = b"\x00\x07\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x04near\x00\x00\x01\x00\x01";
+    let at = resolve(to)?;
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let mut times = Vec::new();
+    let mut answer = [0; 512];
+    for _ in 0..number(count)? {
+        let began = Instant::now();
+        socket.send_to(QUESTION, at)?;
+        times.push(began.elapsed());
+        socket.recv_from(&mut answer)?;
     }
     times.sort_unstable();
     Ok(format!("{} {}", times.len(), quantiles(&times)))

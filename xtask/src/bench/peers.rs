@@ -13,22 +13,8 @@ const ENVOY: &str = "1.40.0";
 
 /// Installs and builds everything, and tells the benchmark where it is.
 pub fn prepare(bench: &mut Command) -> Result<()> {
-    packages::ensure(&[
-        packages::IP,
-        packages::IPTABLES,
-        packages::DNSMASQ,
-        packages::BUSYBOX,
-        packages::CURL,
-        packages::TCPDUMP,
-        packages::NGINX,
-        packages::NGINX_STREAM,
-        packages::HAPROXY,
-        packages::WRK,
-        packages::H2LOAD,
-        packages::NGHTTPD,
-        packages::IPERF,
-    ])?;
-    bench.env("MESH_AGENT", agent()?);
+    packages::ensure(&[packages::TCPDUMP, packages::NGINX_STREAM, packages::HAPROXY])?;
+    prepare_alone(bench)?;
     match envoy() {
         Ok(path) => {
             bench.env("MESH_ENVOY", path);
@@ -36,6 +22,24 @@ pub fn prepare(bench: &mut Command) -> Result<()> {
         // The other peers can be measured without it; the report says what was not.
         Err(error) => println!("\nSKIPPED envoy: {error:#}"),
     }
+    Ok(())
+}
+
+/// What the hosts, their tasks and our own agents need, without any peer.
+pub fn prepare_alone(bench: &mut Command) -> Result<()> {
+    packages::ensure(&[
+        packages::IP,
+        packages::IPTABLES,
+        packages::DNSMASQ,
+        packages::BUSYBOX,
+        packages::CURL,
+        packages::NGINX,
+        packages::WRK,
+        packages::H2LOAD,
+        packages::NGHTTPD,
+        packages::IPERF,
+    ])?;
+    bench.env("MESH_AGENT", agent()?);
     Ok(())
 }
 
