@@ -21,14 +21,14 @@ type Key = (SocketAddr, Arc<[u8]>);
 
 /// Questions of the last moment, and how often each was heard.
 #[derive(Default)]
-pub struct Copies {
+pub(super) struct Copies {
     heard: HashMap<Key, usize>,
     order: VecDeque<(Instant, Key)>,
 }
 
 impl Copies {
     /// How many of the same were heard before this one.
-    pub fn before(&mut self, peer: SocketAddr, bytes: &Arc<[u8]>, now: Instant) -> usize {
+    pub(super) fn before(&mut self, peer: SocketAddr, bytes: &Arc<[u8]>, now: Instant) -> usize {
         while self.order.front().is_some_and(|(at, _)| now.duration_since(*at) >= BREATH) {
             if let Some((_, key)) = self.order.pop_front() {
                 self.heard.remove(&key);
