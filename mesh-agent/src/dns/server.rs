@@ -7,7 +7,7 @@ use std::{
     io,
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -26,7 +26,7 @@ use tracing::{debug, warn};
 use super::{
     Context, Listeners,
     copies::Copies,
-    forward::{self, read_message, write_message},
+    forward::{self, ForwardError, read_message, write_message},
     wire::{self, Query, Received, Transport},
 };
 
@@ -41,6 +41,10 @@ const IDLE: Duration = Duration::from_secs(10);
 /// How long a resolver may take for a name behind which the stub resolver has put a search domain, when the name alone is
 /// the mesh's. Stub resolvers themselves wait for five seconds, which must not be over when the next name is asked for.
 const SEARCH_PATIENCE: Duration = Duration::from_secs(1);
+/// And how long one that has just been found silent: by and by an outage would cost a second for each name and domain.
+const SILENT_PATIENCE: Duration = Duration::from_millis(100);
+/// For so long it has "just" been found silent, unless it answers anything.
+const SILENT_FOR: Duration = Duration::from_secs(10);
 /// Room for a burst of queries while the agent is busy.
 const RECEIVE_BUFFER: usize = 4 << 20;
 /// Pause after an error of the socket itself, such as no more file descriptors.
@@ -74,7 +78,8 @@ pub async fn serve(context: Context, listeners: Listeners) -> Result<(), ServeEr
     for socket in &tcp {
         own.push(socket.local_addr()?);
     }
-    let shared = Arc::new(Shared { context, own, slots: Arc::new(Semaphore::new(IN_FLIGHT)) });
+    let shared =
+        Arc::new(Shared { context, own, slots: Arc::new(Semaphore::new(IN_FLIGHT)), silent: Mutex::new(None) });
     let mut loops = JoinSet::new();
     for socket in udp {
         loops.spawn(datagrams(shared.clone(), Arc::new(socket)));
@@ -92,6 +97,8 @@ struct Shared {
     /// Our own addresses, to which nothing may be forwarded.
     own: Vec<SocketAddr>,
     slots: Arc<Semaphore>,
+    /// The resolver that was last found silent, and when.
+    silent: Mutex<Option<(SocketAddr, Instant)>>,
 }
 
 /// What to do about a message.
@@ -269,10 +276,12 @@ impl Shared {
             Some(resolver) => (std::slice::from_ref(resolver), netns.as_ref()),
             None => (&**fallback, None),
         };
-        let limit = if searched { config.upstream_timeout.min(SEARCH_PATIENCE) } else { config.upstream_timeout };
-        let share = limit / u32::try_from(resolvers.len().max(1)).unwrap_or(1);
+        let share = config.upstream_timeout / u32::try_from(resolvers.len().max(1)).unwrap_or(1);
         for resolver in resolvers.iter().filter(|resolver| !self.is_own(**resolver)) {
-            match forward::ask(query, bytes, transport, *resolver, netns, share).await {
+            let limit = if searched { share.min(self.patience(*resolver)) } else { share };
+            let answered = forward::ask(query, bytes, transport, *resolver, netns, limit).await;
+            self.heard(*resolver, !matches!(answered, Err(ForwardError::Timeout { .. })));
+            match answered {
                 Ok(reply) if searched && wire::is_failure(&reply) => {
                     debug!(dst.addr = %resolver, "the resolver failed at a mesh name with a search domain");
                 }
@@ -291,6 +300,23 @@ impl Shared {
         count(&counters.failed);
         // A failure would end the client's search (musl's at once) before it comes to the name that is ours.
         if searched { query.not_this_time() } else { query.server_failure() }
+    }
+
+    /// How long to wait for a resolver where the client is to go on to another name.
+    fn patience(&self, resolver: SocketAddr) -> Duration {
+        match *self.silent.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some((silent, at)) if silent == resolver && at.elapsed() < SILENT_FOR => SILENT_PATIENCE,
+            Some(_) | None => SEARCH_PATIENCE,
+        }
+    }
+
+    fn heard(&self, resolver: SocketAddr, spoke: bool) {
+        let mut silent = self.silent.lock().unwrap_or_else(PoisonError::into_inner);
+        match *silent {
+            _ if !spoke => *silent = Some((resolver, Instant::now())),
+            Some((before, _)) if before == resolver => *silent = None,
+            Some(_) | None => {}
+        }
     }
 
     /// Whom a client means that has asked `asked` and, with so many copies before, others of the same list.

@@ -17,7 +17,7 @@ const WORLD: &str = "240.240.0.1";
 const TAGGED: &str = "240.240.0.2";
 const ELSEWHERE: &str = "10.90.0.9";
 
-/// Nothing that waits for a resolver that is away ends sooner than its own time-out.
+/// A client that gives a resolver up itself does so later.
 const OWN_TIMEOUT: Duration = Duration::from_secs(4);
 
 #[test]
@@ -162,22 +162,21 @@ fn mesh_names_outlive_the_tasks_resolver() -> Result<()> {
     for silent in [false, true] {
         let _held = bed.kill_resolver(silent)?;
         let how = if silent { "silent" } else { "gone" };
+        let mut slowest = Duration::ZERO;
         for options in ["", "search corp.test", "search corp.test eu.internal\noptions ndots:5"] {
             bed.resolv_conf(&[RESOLVER], options)?;
-            for client in bed.clients() {
-                for name in ["world", "world.mesh"] {
-                    checks.run(&format!("{client}: {name} while the resolver is {how}, {options:?}"), || {
-                        let begun = Instant::now();
-                        let said = bed.look_up(client, name)?;
-                        let took = begun.elapsed();
-                        ensure!(said == WORLD, "{said:?} after {took:?}");
-                        ensure!(took < OWN_TIMEOUT || client == Client::Java, "only after {took:?}");
-                        tier::figure(&format!("dns_{client}_resolver_{how}_{name}"), took.as_secs_f64(), "s");
-                        Ok(())
-                    });
-                }
+            for (client, name) in bed.clients().into_iter().flat_map(|it| [(it, "world"), (it, "world.mesh")]) {
+                checks.run(&format!("{client}: {name} while the resolver is {how}, {options:?}"), || {
+                    let begun = Instant::now();
+                    let said = bed.look_up(client, name)?;
+                    let took = begun.elapsed();
+                    slowest = slowest.max(took);
+                    ensure!(said == WORLD && took < OWN_TIMEOUT, "{said:?} after {took:?}");
+                    Ok(())
+                });
             }
         }
+        tier::figure(&format!("dns_mesh_name_while_resolver_{how}_slowest"), slowest.as_secs_f64(), "s");
         checks.run(&format!("other names fail while it is {how}, and say that it may pass"), || {
             bed.resolv_conf(&[RESOLVER], "options timeout:1 attempts:1")?;
             let said = bed.look_up(Client::Python, "elsewhere.example")?;

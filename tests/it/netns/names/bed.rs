@@ -69,7 +69,7 @@ impl fmt::Display for Client {
 
 impl Client {
     pub(super) fn tells_no_data_apart(self) -> bool {
-        matches!(self, Self::Python | Self::Musl | Self::Node)
+        matches!(self, Self::Python | Self::Node)
     }
 }
 
@@ -254,8 +254,8 @@ impl Bed {
         dnsmasq.args(["--bind-interfaces", "--local=/#/", "--pid-file="]).args([
             format!("--listen-address={RESOLVER}"),
             "--host-record=elsewhere.example,10.90.0.9".to_owned(),
-            format!("--address=/{LONG}/10.90.0.9"),
-            "--address=/taken.corp.test/10.90.0.9".to_owned(),
+            format!("--host-record={LONG},10.90.0.9"),
+            "--host-record=taken.corp.test,10.90.0.9".to_owned(),
             format!("--addn-hosts={}", self.folder.join("many").display()),
             format!("--log-facility={}", self.folder.join("dnsmasq.log").display()),
         ]);

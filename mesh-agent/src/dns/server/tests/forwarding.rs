@@ -64,9 +64,30 @@ async fn a_resolver_that_is_down_does_not_end_the_search_for_a_mesh_name() {
 }
 
 #[tokio::test]
+async fn one_that_is_silent_is_waited_for_once() {
+    // Silent about names below `corp.test` with an `m`.
+    let resolver = resolver(|query, _| match query[13] {
+        b'm' => vec![],
+        _ => vec![coded(query, 3, &[])],
+    });
+    let bed = bed(Originals::Fixed(resolver.addr), &[], PATIENCE);
+    let took = async |name| {
+        let begun = Instant::now();
+        assert_eq!(rcode(&ask(bed.addr, &query(7, name, A)).await), 3, "{name}");
+        begun.elapsed()
+    };
+    assert!(took("many.corp.test").await >= SEARCH_PATIENCE);
+    for _ in 0..3 {
+        assert!(took("many.corp.test").await < SEARCH_PATIENCE);
+    }
+    assert!(took("world.corp.test").await < SEARCH_PATIENCE, "it lives after all");
+    assert!(took("many.corp.test").await >= SEARCH_PATIENCE);
+}
+
+#[tokio::test]
 async fn a_resolver_that_answers_has_the_word_on_names_with_a_search_domain() {
-    let resolver = resolver(|query, _| match query[3 + 12] {
-        b'r' => vec![reply_to(query)],
+    let resolver = resolver(|query, _| match query[13] {
+        b'w' => vec![reply_to(query)],
         _ => vec![coded(query, 3, &root_soa(86_400))],
     });
     let bed = bed(Originals::Fixed(resolver.addr), &[], PATIENCE);
