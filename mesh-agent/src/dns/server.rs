@@ -272,9 +272,14 @@ impl Shared {
             query.question.is_some() && resolve::is_searched(&published.load(), &naming, search, &query.name);
         let original = original.filter(|resolver| !self.is_own(*resolver));
         // The host's resolvers are to be asked as the host does: 127.0.0.53 is nobody in a task's namespace.
-        let (resolvers, netns) = match &original {
-            Some(resolver) => (std::slice::from_ref(resolver), netns.as_ref()),
-            None => (&**fallback, None),
+        let (resolvers, netns) = match original {
+            // Before a name is denied that another resolver of the list may know, that one is asked.
+            Some(resolver) if searched && fallback.contains(&resolver) => {
+                let others = fallback.iter().copied().filter(|other| *other != resolver);
+                ([resolver].into_iter().chain(others).collect(), netns.as_ref())
+            }
+            Some(resolver) => (vec![resolver], netns.as_ref()),
+            None => (fallback.to_vec(), None),
         };
         let share = config.upstream_timeout / u32::try_from(resolvers.len().max(1)).unwrap_or(1);
         for resolver in resolvers.iter().filter(|resolver| !self.is_own(**resolver)) {

@@ -252,10 +252,10 @@ impl Query {
     }
 }
 
-/// Whether a resolver says that it cannot or will not answer.
+/// Whether a resolver says that it cannot or will not answer, whoever asks in whatever way.
 pub fn is_failure(reply: &[u8]) -> bool {
     Header::read(&mut BinDecoder::new(reply))
-        .map_or(true, |head| !matches!(head.response_code, ResponseCode::NoError | ResponseCode::NXDomain))
+        .is_ok_and(|head| matches!(head.response_code, ResponseCode::ServFail | ResponseCode::Refused))
 }
 
 /// Lowers the time for which a denial may be kept: the TTL of its SOA, the lesser of two that count (RFC 2308 §5). The

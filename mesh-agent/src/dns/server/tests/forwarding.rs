@@ -41,9 +41,12 @@ fn of_length(query: &[u8], length: usize) -> Vec<u8> {
 #[tokio::test]
 async fn a_resolver_that_is_down_does_not_end_the_search_for_a_mesh_name() {
     let silent = resolver(|_, _| vec![]);
-    let refusing = resolver(|query, _| vec![coded(query, 2, &[])]);
+    let failing = resolver(|query, _| vec![coded(query, 2, &[])]);
+    let refusing = resolver(|query, _| vec![coded(query, 5, &[])]);
     let nobody = client().await.local_addr().unwrap();
-    for (how, resolver) in [("silent", silent.addr), ("failing", refusing.addr), ("not there", nobody)] {
+    for (how, resolver) in
+        [("silent", silent.addr), ("failing", failing.addr), ("refusing", refusing.addr), ("not there", nobody)]
+    {
         let bed = bed(Originals::Fixed(resolver), &[], PATIENCE);
         let begun = Instant::now();
         for name in ["world.corp.test", "World.mesh.Corp.Test", "_http._tcp.world.corp.test"] {
@@ -61,6 +64,17 @@ async fn a_resolver_that_is_down_does_not_end_the_search_for_a_mesh_name() {
     for name in ["nobody.corp.test", "corp.test", "world.example.com", "worldcorp.test"] {
         assert_eq!(rcode(&ask(bed.addr, &query(9, name, A)).await), 2, "{name}");
     }
+}
+
+#[tokio::test]
+async fn another_resolver_of_the_list_may_know_a_name_with_a_search_domain() {
+    let (silent, knowing) = (resolver(|_, _| vec![]), resolver(|query, _| vec![reply_to(query)]));
+    let bed = bed(Originals::Fixed(silent.addr), &[silent.addr, knowing.addr], Duration::from_millis(600));
+    let asked = query(9, "world.corp.test", A);
+    assert_eq!(ask(bed.addr, &asked).await, reply_to(&asked));
+    assert_eq!(ask_tcp(bed.addr, &asked).await, reply_to(&asked));
+    let other = query(9, "nobody.corp.test", A);
+    assert_eq!(rcode(&ask(bed.addr, &other).await), 2, "all other names are asked of whom the client asks");
 }
 
 #[tokio::test]
