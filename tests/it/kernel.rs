@@ -127,6 +127,11 @@ impl Scene {
         Ok(self.readers.counters.read()?[index as usize])
     }
 
+    /// How many questions were sent to the agent.
+    pub(crate) fn dns_questions(&self) -> Result<u64> {
+        self.counter(counter::DNS)
+    }
+
     fn events(&mut self) -> Vec<Event> {
         let mut events = Vec::new();
         while let Some(record) = self.readers.events.next() {

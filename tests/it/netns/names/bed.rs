@@ -6,7 +6,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::Arc,
+    sync::{Arc, mpsc},
     time::Duration,
 };
 
@@ -364,8 +364,33 @@ impl Bed {
         Ok(())
     }
 
+    /// The same while the agent is busy elsewhere, until the client has sent so many questions.
+    pub(super) fn run_unheard(&self, questions: u64, argv: &[&str]) -> Result<String> {
+        let runtime = self.runtime.as_ref().context("the agent lives")?;
+        let (busy, is_busy) = mpsc::channel::<()>();
+        let (release, released) = mpsc::channel::<()>();
+        // Its only thread. The channel closes when it is to go on.
+        runtime.spawn(async move {
+            drop(busy);
+            released.recv().ok();
+        });
+        is_busy.recv().ok();
+        let before = self.scene.dns_questions()?;
+        let child = self.begin(argv)?;
+        until(LIMIT, "the client has asked", || {
+            let asked = self.scene.dns_questions()? - before;
+            Ok(if asked >= questions { Ok(()) } else { Err(asked) })
+        })?;
+        drop(release);
+        Self::end(child)
+    }
+
     /// What a program of the task says, on both of its outputs.
     pub(super) fn run(&self, argv: &[&str]) -> Result<String> {
+        Self::end(self.begin(argv)?)
+    }
+
+    fn begin(&self, argv: &[&str]) -> Result<Child> {
         let musl = self.folder.join("musl").display().to_string();
         let folder = self.folder.display().to_string();
         let mut command = Command::new("unshare");
@@ -376,9 +401,13 @@ impl Bed {
         let task = self.scene.stage.cgroup().join("task/cgroup.procs");
         fs::write(task, child.id().to_string())?;
         child.stdin.take().context("piped above")?.write_all(b"go\n")?;
+        Ok(child)
+    }
+
+    fn end(child: Child) -> Result<String> {
         let output = child.wait_with_output()?;
         let texts = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
-        ensure!(output.status.success(), "{argv:?}: {} {texts:?}", output.status);
+        ensure!(output.status.success(), "{} {texts:?}", output.status);
         Ok(texts.concat())
     }
 }
