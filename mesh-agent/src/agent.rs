@@ -131,7 +131,8 @@ pub async fn run(
 
     // Who and where we are.
     let host = host::facts(&config).await?;
-    let config = Arc::new(host::name_after_datacenters(host::name_after_cluster(config, &host.cluster)));
+    let config = host::name_after_datacenters(host::name_after_cluster(config, &host.cluster));
+    let config = Arc::new(host::search_as_the_host(config, &host.search));
     let identities = Identities::open(&config.identity)?;
     let own = SpiffeId::new(&config.identity.trust_domain, &host.cluster, &OWN_SERVICE.parse::<ServiceName>()?)?;
     identities.leaf(&own)?;

@@ -4,6 +4,7 @@
 //! [`server`] accepts and decides, [`forward`] asks resolvers, [`wire`] is the only file that knows a message's bytes.
 //! Must not know which task lives in a namespace, nor how its queries got here.
 
+mod copies;
 pub mod forward;
 pub mod server;
 pub mod wire;
@@ -29,7 +30,8 @@ pub struct Context {
     pub originals: Originals,
     /// The task's namespace, from which its own resolver is asked; `None`: the agent's.
     pub netns: Option<Arc<Netns>>,
-    /// Resolvers of the host, asked in turn from the agent's namespace where the task's own is not known.
+    /// Resolvers of the host, asked in turn from the agent's namespace where the task's own is not known. Docker gives
+    /// them to tasks too, so they are also who else a task asks that asks one of them.
     pub fallback: Arc<[SocketAddr]>,
     pub counters: Arc<DnsCounters>,
 }

@@ -108,6 +108,10 @@ pub struct Dns {
     pub suffixes: Vec<String>,
     /// Suffixes of other datacenters, and which: `world.service.dc2.consul`. Follows from `[discovery.consul]`.
     pub datacenters: Vec<(String, String)>,
+    /// Whose reverse names are the mesh's. Follows from `[vip]`.
+    pub vip: VipRanges,
+    /// Search domains of the tasks. `None`: those of the host, which docker gives to tasks too.
+    pub search: Option<Vec<String>>,
     /// Whether AAAA questions for mesh names are answered with the IPv6 VIP; default false.
     pub ipv6: bool,
     /// How long an upstream resolver may take; default 5 s.

@@ -34,16 +34,16 @@ use mesh_tests::{
 };
 
 const PROXY: u16 = 15001;
-const DNS: u16 = 15053;
+pub(crate) const DNS: u16 = 15053;
 const LIMIT: Duration = Duration::from_secs(5);
 
 /// A stage with the programs attached, and one enrolled namespace.
-struct Scene {
+pub(crate) struct Scene {
     maps: Maps,
-    readers: Readers,
+    pub(crate) readers: Readers,
     programs: Programs,
-    space: Space,
-    stage: Stage,
+    pub(crate) space: Space,
+    pub(crate) stage: Stage,
 }
 
 fn addr(text: &str) -> Addr {
@@ -52,7 +52,7 @@ fn addr(text: &str) -> Addr {
 
 impl Scene {
     /// `None`: programs cannot be loaded here, which has been said aloud.
-    fn new(flags: u32) -> Result<Option<Self>> {
+    pub(crate) fn new(flags: u32) -> Result<Option<Self>> {
         Self::sized(flags, &[])
     }
 
@@ -63,14 +63,23 @@ impl Scene {
         }
         let stage = Stage::new()?;
         let space = stage.space()?;
-        let (mut programs, mut maps, mut readers) =
+        let (mut programs, maps, readers) =
             Programs::load_sized(Pins::new(stage.pin_dir()), stage.cgroup().to_path_buf(), sizes)?;
         programs.attach()?;
-        maps.set_knobs(&Knobs {
+        let mut scene = Self { maps, readers, programs, space, stage };
+        scene.heartbeat_limit(3_600_000_000_000)?;
+        scene.readers.pulse.beat()?;
+        scene.maps.put_namespace(scene.space.netns.cookie(), Namespace { workload: 7, flags })?;
+        Ok(Some(scene))
+    }
+
+    /// Writes the settings; an agent whose last beat is longer ago hangs.
+    pub(crate) fn heartbeat_limit(&mut self, heartbeat_limit_ns: u64) -> Result<()> {
+        Ok(self.maps.set_knobs(&Knobs {
             abi: mesh_common::ABI_VERSION,
             flags: knobs::DNS,
-            agent_cgroup: cgroup::id(&stage.agent_cgroup())?,
-            heartbeat_limit_ns: 3_600_000_000_000,
+            agent_cgroup: cgroup::id(&self.stage.agent_cgroup())?,
+            heartbeat_limit_ns,
             vip4: [240, 240, 0, 0],
             vip4_mask: [255, 255, 0, 0],
             vip6: [0xfd, 0x65, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
@@ -78,14 +87,11 @@ impl Scene {
             proxy_port: PROXY,
             dns_port: DNS,
             mark: socket::MARK,
-        })?;
-        readers.pulse.beat()?;
-        maps.put_namespace(space.netns.cookie(), Namespace { workload: 7, flags })?;
-        Ok(Some(Self { maps, readers, programs, space, stage }))
+        })?)
     }
 
     /// Runs `ip` in the enrolled namespace.
-    fn ip(&self, arguments: &str) -> Result<()> {
+    pub(crate) fn ip(&self, arguments: &str) -> Result<()> {
         let done = self.space.netns.run(|| Command::new("ip").args(arguments.split(' ')).output())??;
         ensure!(done.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&done.stderr));
         Ok(())
@@ -119,6 +125,11 @@ impl Scene {
 
     fn counter(&self, index: u32) -> Result<u64> {
         Ok(self.readers.counters.read()?[index as usize])
+    }
+
+    /// How many questions were sent to the agent.
+    pub(crate) fn dns_questions(&self) -> Result<u64> {
+        self.counter(counter::DNS)
     }
 
     fn events(&mut self) -> Vec<Event> {
@@ -404,6 +415,46 @@ fn dns_reaches_the_agent_which_learns_the_resolver_that_was_asked() -> Result<()
         let original = answer.join().expect("no panic")?.with_context(|| format!("{verb} {resolver}: no record"))?;
         assert_eq!((original.addr, original.path, original.workload), (addr(resolver), path::DNS, 7));
     }
+    Ok(())
+}
+
+#[test]
+fn questions_go_to_their_own_resolver_while_the_agent_is_away() -> Result<()> {
+    let Some(mut scene) = Scene::new(namespace::V6)? else { return Ok(()) };
+    let resolver: SocketAddr = "10.53.0.1:53".parse()?;
+    scene.ip("addr add 10.53.0.1/32 dev lo")?;
+    let ask = |scene: &Scene, verb: &str| -> Result<()> {
+        let server = scene.space.netns.run(|| UdpSocket::bind(resolver))??;
+        server.set_read_timeout(Some(LIMIT))?;
+        let answer = std::thread::spawn(move || -> std::io::Result<()> {
+            let (_, from) = server.recv_from(&mut [0; 64])?;
+            server.send_to(b"answer", from).map(drop)
+        });
+        assert_eq!(scene.ask(&format!("{verb} {resolver}"))?, format!("answer from {resolver}"), "{verb}");
+        answer.join().expect("no panic")?;
+        Ok(())
+    };
+    let ask_tcp = |scene: &Scene| -> Result<()> {
+        let server = greet(scene.listen("10.53.0.1:53")?);
+        assert_eq!(scene.connect("10.53.0.1:53")?, "hello from 10.53.0.1:53");
+        server.join().expect("no panic")?;
+        Ok(())
+    };
+    // Dead: no sockets.
+    for verb in ["udp", "udp-connected"] {
+        ask(&scene, verb)?;
+    }
+    ask_tcp(&scene)?;
+    // Hung: they are there, the heartbeat is old.
+    let at: SocketAddr = "127.0.0.1:15053".parse()?;
+    let _udp = scene.space.netns.run(|| socket::udp_socket(at))??;
+    let _tcp = scene.listen("127.0.0.1:15053")?;
+    scene.heartbeat_limit(0)?;
+    for verb in ["udp", "udp-connected"] {
+        ask(&scene, verb)?;
+    }
+    ask_tcp(&scene)?;
+    assert_eq!(scene.counter(counter::DNS)?, 0);
     Ok(())
 }
 

@@ -1,5 +1,7 @@
-//! Network namespaces without any kernel program: the guard that enters them, and sockets that stay where they were
-//! made. Needs root and `ip`.
+//! Network namespaces, first without any kernel program: the guard that enters them, and sockets that stay where they were
+//! made. Needs root and `ip`. Names are asked for through the programs, though, as tasks do.
+
+mod names;
 
 use std::{
     io::{Read as _, Write as _},

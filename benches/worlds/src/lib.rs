@@ -237,8 +237,10 @@ fn resolving(world: &World) -> Box<dyn FnMut()> {
     let snapshot = world.merged(&Merged::default()).snapshot;
     let suffixes = ["mesh".to_owned(), "service.consul".to_owned()];
     let asked = format!("{}.mesh.", name(snapshot.services.len() / 3));
+    let vip = world.vips.clone();
     Box::new(move || {
-        let naming = Naming { suffixes: &suffixes, datacenters: &[], ttl: Duration::from_secs(5), ipv6: false };
+        let (ttl, ipv6) = (Duration::from_secs(5), false);
+        let naming = Naming { suffixes: &suffixes, datacenters: &[], vip: &vip, ttl, ipv6 };
         std::hint::black_box(resolve::answer(&snapshot, &naming, &asked, Question::A));
     })
 }

@@ -221,12 +221,7 @@ fn find_destination(
         }
         Host::Name(name) => name,
     };
-    let naming = Naming {
-        suffixes: &handles.dns.suffixes,
-        datacenters: &handles.dns.datacenters,
-        ttl: handles.dns.ttl,
-        ipv6: handles.dns.ipv6,
-    };
+    let naming = Naming::of(&handles.dns);
     if let Some(service) = resolve::service(snapshot, &naming, name) {
         let port = match to.port {
             Some(port) => port,

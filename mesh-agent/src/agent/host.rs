@@ -27,6 +27,8 @@ pub(super) struct HostFacts {
     pub own_cgroup: u64,
     /// The host's resolvers.
     pub resolvers: Vec<SocketAddr>,
+    /// The host's search domains.
+    pub search: Vec<String>,
 }
 
 /// A fact could not be found.
@@ -68,6 +70,12 @@ pub(super) fn name_after_datacenters(mut config: Config) -> Config {
     config
 }
 
+/// Docker gives the host's search domains to tasks, unless it is told otherwise.
+pub(super) fn search_as_the_host(mut config: Config, search: &[String]) -> Config {
+    config.dns.search.get_or_insert_with(|| search.to_vec());
+    config
+}
+
 /// The cluster of a host that no ECS agent tells.
 const NO_CLUSTER: &str = "default";
 
@@ -85,7 +93,8 @@ pub(super) async fn facts(config: &Config) -> Result<HostFacts, HostError> {
         None => cgroup::root()?,
     };
     let own_cgroup = cgroup::id(&cgroup::of_process(std::process::id(), &cgroup_root)?)?;
-    Ok(HostFacts { address, cluster: cluster(config).await, cgroup_root, own_cgroup, resolvers: resolvers() })
+    let (resolvers, search) = resolvers();
+    Ok(HostFacts { address, cluster: cluster(config).await, cgroup_root, own_cgroup, resolvers, search })
 }
 
 fn address_of_default_route() -> io::Result<IpAddr> {
@@ -108,8 +117,9 @@ async fn cluster(config: &Config) -> ClusterName {
     }
 }
 
-fn resolvers() -> Vec<SocketAddr> {
-    let Ok(text) = fs::read("/etc/resolv.conf") else { return Vec::new() };
-    let Ok(parsed) = resolv_conf::Config::parse(text) else { return Vec::new() };
-    parsed.nameservers.iter().map(|server| SocketAddr::new(server.into(), 53)).collect()
+fn resolvers() -> (Vec<SocketAddr>, Vec<String>) {
+    let parsed = fs::read("/etc/resolv.conf").ok().and_then(|text| resolv_conf::Config::parse(text).ok());
+    let Some(parsed) = parsed else { return Default::default() };
+    let servers = parsed.nameservers.iter().map(|server| SocketAddr::new(server.into(), 53)).collect();
+    (servers, parsed.get_last_search_or_domain().cloned().collect())
 }

@@ -7,7 +7,7 @@ use std::{
     io,
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -19,13 +19,14 @@ use tokio::{
     net::{TcpListener, TcpStream, UdpSocket},
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     task::JoinSet,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tracing::{debug, warn};
 
 use super::{
     Context, Listeners,
-    forward::{self, read_message, write_message},
+    copies::Copies,
+    forward::{self, ForwardError, read_message, write_message},
     wire::{self, Query, Received, Transport},
 };
 
@@ -37,6 +38,13 @@ const CONNECTIONS: usize = 256;
 const PIPELINE: usize = 64;
 /// A TCP connection on which nothing is asked, or nothing is read, for so long is closed (RFC 7766 §6.2.3).
 const IDLE: Duration = Duration::from_secs(10);
+/// How long a resolver may take for a name behind which the stub resolver has put a search domain, when the name alone is
+/// the mesh's. Stub resolvers themselves wait for five seconds, which must not be over when the next name is asked for.
+const SEARCH_PATIENCE: Duration = Duration::from_secs(1);
+/// And how long one that has just been found silent: by and by an outage would cost a second for each name and domain.
+const SILENT_PATIENCE: Duration = Duration::from_millis(100);
+/// For so long it has "just" been found silent, unless it answers anything.
+const SILENT_FOR: Duration = Duration::from_secs(10);
 /// Room for a burst of queries while the agent is busy.
 const RECEIVE_BUFFER: usize = 4 << 20;
 /// Pause after an error of the socket itself, such as no more file descriptors.
@@ -70,7 +78,8 @@ pub async fn serve(context: Context, listeners: Listeners) -> Result<(), ServeEr
     for socket in &tcp {
         own.push(socket.local_addr()?);
     }
-    let shared = Arc::new(Shared { context, own, slots: Arc::new(Semaphore::new(IN_FLIGHT)) });
+    let shared =
+        Arc::new(Shared { context, own, slots: Arc::new(Semaphore::new(IN_FLIGHT)), silent: Mutex::new(None) });
     let mut loops = JoinSet::new();
     for socket in udp {
         loops.spawn(datagrams(shared.clone(), Arc::new(socket)));
@@ -88,6 +97,8 @@ struct Shared {
     /// Our own addresses, to which nothing may be forwarded.
     own: Vec<SocketAddr>,
     slots: Arc<Semaphore>,
+    /// The resolver that was last found silent, and when.
+    silent: Mutex<Option<(SocketAddr, Instant)>>,
 }
 
 /// What to do about a message.
@@ -99,6 +110,7 @@ enum Step {
 
 async fn datagrams(shared: Arc<Shared>, socket: Arc<UdpSocket>) {
     let mut under_way = JoinSet::new();
+    let mut copies = Copies::default();
     let mut buffer = vec![0; wire::TCP_MOST];
     loop {
         let (bytes, peer) = tokio::select! {
@@ -117,8 +129,13 @@ async fn datagrams(shared: Arc<Shared>, socket: Arc<UdpSocket>) {
             Step::Ignore => {}
             Step::Forward(query, slot) => {
                 // At once: with its next query the client may ask another resolver from the same port.
-                let original = shared.context.originals.find(Transport::Udp, peer);
-                let (shared, socket, bytes) = (shared.clone(), socket.clone(), bytes.to_vec());
+                let mut original = shared.context.originals.find(Transport::Udp, peer);
+                let bytes: Arc<[u8]> = bytes.into();
+                if shared.context.fallback.len() > 1 {
+                    let before = copies.before(peer, &bytes, Instant::now());
+                    original = original.map(|asked| shared.other_than(asked, before));
+                }
+                let (shared, socket) = (shared.clone(), socket.clone());
                 under_way.spawn(async move {
                     let reply = shared.forward(&query, &bytes, Transport::Udp, original).await;
                     say(&socket, &reply, peer).await;
@@ -220,13 +237,7 @@ impl Shared {
             }
         };
         if let Some(question) = query.question {
-            let config = &self.context.config;
-            let naming = Naming {
-                suffixes: &config.suffixes,
-                datacenters: &config.datacenters,
-                ttl: config.ttl,
-                ipv6: config.ipv6,
-            };
+            let naming = Naming::of(&self.context.config);
             let snapshot = self.context.published.load();
             let answer = resolve::answer(&snapshot, &naming, &query.name, question);
             if let Some(reply) = query.reply(&answer, snapshot.generation) {
@@ -254,19 +265,37 @@ impl Shared {
         transport: Transport,
         original: Option<SocketAddr>,
     ) -> Vec<u8> {
-        let Context { config, netns, fallback, counters, .. } = &self.context;
+        let Context { config, netns, fallback, counters, published, .. } = &self.context;
+        let naming = Naming::of(config);
+        let search = config.search.as_deref().unwrap_or_default();
+        let searched =
+            query.question.is_some() && resolve::is_searched(&published.load(), &naming, search, &query.name);
         let original = original.filter(|resolver| !self.is_own(*resolver));
         // The host's resolvers are to be asked as the host does: 127.0.0.53 is nobody in a task's namespace.
-        let (resolvers, netns) = match &original {
-            Some(resolver) => (std::slice::from_ref(resolver), netns.as_ref()),
-            None => (&**fallback, None),
+        let (resolvers, netns) = match original {
+            // Before a name is denied that another resolver of the list may know, that one is asked.
+            Some(resolver) if searched && fallback.contains(&resolver) => {
+                let others = fallback.iter().copied().filter(|other| *other != resolver);
+                ([resolver].into_iter().chain(others).collect(), netns.as_ref())
+            }
+            Some(resolver) => (vec![resolver], netns.as_ref()),
+            None => (fallback.to_vec(), None),
         };
         let share = config.upstream_timeout / u32::try_from(resolvers.len().max(1)).unwrap_or(1);
         for resolver in resolvers.iter().filter(|resolver| !self.is_own(**resolver)) {
-            match forward::ask(query, bytes, transport, *resolver, netns, share).await {
-                Ok(reply) => {
+            let limit = if searched { share.min(self.patience(*resolver)) } else { share };
+            let answered = forward::ask(query, bytes, transport, *resolver, netns, limit).await;
+            self.heard(*resolver, !matches!(answered, Err(ForwardError::Timeout { .. })));
+            match answered {
+                Ok(reply) if searched && wire::is_failure(&reply) => {
+                    debug!(dst.addr = %resolver, "the resolver failed at a mesh name with a search domain");
+                }
+                Ok(mut reply) => {
                     count(&counters.forwarded);
-                    return reply;
+                    if resolve::may_appear(&naming, &query.name) {
+                        wire::forget_soon(&mut reply, config.ttl);
+                    }
+                    return query.fit(reply);
                 }
                 Err(error) => {
                     debug!(dst.addr = %resolver, error = &error as &dyn std::error::Error, "dns query not answered")
@@ -274,7 +303,32 @@ impl Shared {
             }
         }
         count(&counters.failed);
-        query.server_failure()
+        // A failure would end the client's search (musl's at once) before it comes to the name that is ours.
+        if searched { query.not_this_time() } else { query.server_failure() }
+    }
+
+    /// How long to wait for a resolver where the client is to go on to another name.
+    fn patience(&self, resolver: SocketAddr) -> Duration {
+        match *self.silent.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some((silent, at)) if silent == resolver && at.elapsed() < SILENT_FOR => SILENT_PATIENCE,
+            Some(_) | None => SEARCH_PATIENCE,
+        }
+    }
+
+    fn heard(&self, resolver: SocketAddr, spoke: bool) {
+        let mut silent = self.silent.lock().unwrap_or_else(PoisonError::into_inner);
+        match *silent {
+            _ if !spoke => *silent = Some((resolver, Instant::now())),
+            Some((before, _)) if before == resolver => *silent = None,
+            Some(_) | None => {}
+        }
+    }
+
+    /// Whom a client means that has asked `asked` and, with so many copies before, others of the same list.
+    fn other_than(&self, asked: SocketAddr, copies: usize) -> SocketAddr {
+        let list = &self.context.fallback;
+        let at = list.iter().position(|one| *one == asked);
+        at.and_then(|at| list.get((at + copies) % list.len())).copied().unwrap_or(asked)
     }
 
     fn is_own(&self, resolver: SocketAddr) -> bool {

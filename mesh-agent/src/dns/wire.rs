@@ -3,7 +3,7 @@
 //! The only file that names the DNS library or knows a message's bytes. Does no I/O, never trusts a length. Must not
 //! know which names are ours, nor where a query came from.
 
-use std::time::Duration;
+use std::{iter::repeat_n, net::IpAddr, time::Duration};
 
 use hickory_proto::{
     op::{Edns, Header, Message, MessageType, Metadata, OpCode, Query as Asked, ResponseCode},
@@ -113,20 +113,24 @@ impl Query {
                 self.deny(&mut reply, *ttl, generation);
             }
             Answer::Addresses { ttl, addresses } => {
-                for address in addresses {
-                    let data = match address {
-                        std::net::IpAddr::V4(v4) => RData::A(A(*v4)),
-                        std::net::IpAddr::V6(v6) => RData::AAAA(AAAA(*v6)),
-                    };
-                    reply.add_answer(self.record(*ttl, data));
+                for ip in addresses {
+                    reply.add_answer(self.record(*ttl, address(*ip)));
                 }
             }
-            Answer::Services { ttl, records } => {
+            Answer::Services { ttl, records, addresses } => {
+                let mut targets = Vec::new();
                 for (priority, weight, port, target) in records {
                     if let Some(target) = absolute(target) {
-                        let data = RData::SRV(SRV::new(*priority, *weight, *port, target));
+                        let data = RData::SRV(SRV::new(*priority, *weight, *port, target.clone()));
                         reply.add_answer(self.record(*ttl, data));
+                        if !targets.contains(&target) {
+                            targets.push(target);
+                        }
                     }
+                }
+                // Spares the question that comes next (RFC 2782).
+                for (target, ip) in targets.iter().flat_map(|target| addresses.iter().map(move |ip| (target, ip))) {
+                    reply.add_additional(Record::from_rdata(target.clone(), seconds(*ttl), address(*ip)));
                 }
             }
             Answer::Name { ttl, name } => {
@@ -141,6 +145,23 @@ impl Query {
     /// The reply that says that no answer could be had.
     pub fn server_failure(&self) -> Vec<u8> {
         self.error(ResponseCode::ServFail)
+    }
+
+    /// The reply that says that there is no such name, for this time: without an SOA nobody may keep it (RFC 2308 §5).
+    pub fn not_this_time(&self) -> Vec<u8> {
+        self.error(ResponseCode::NXDomain)
+    }
+
+    /// A resolver's reply as this client can take it. One that is longer than the client said, which some resolvers
+    /// send, would be cut by its socket without a sign; so it is told to come back over TCP.
+    pub fn fit(&self, reply: Vec<u8>) -> Vec<u8> {
+        if reply.len() <= self.takes() {
+            return reply;
+        }
+        let code = Header::read(&mut BinDecoder::new(&reply)).map_or(ResponseCode::ServFail, |head| head.response_code);
+        let mut cut = self.header(code);
+        cut.metadata.truncation = true;
+        self.encode(&cut)
     }
 
     /// Whether `reply` is a reply to this question; its id is not looked at. A server that refuses may leave out the
@@ -158,10 +179,19 @@ impl Query {
         Asked::read(&mut decoder).is_ok_and(|asked| asked == self.asked)
     }
 
-    /// How much an honest server sends to this client in one datagram; servers are known to exceed what they were told
-    /// a little, so never less than what is common.
+    /// Room for what a server sends to this client in one datagram, and for seeing that it is more than the client takes.
+    /// Servers are known to exceed what they were told, so never less than what is common.
     pub fn largest_datagram(&self) -> usize {
-        usize::from(self.edns.as_ref().map_or(UDP_PLAIN, Edns::max_payload).max(UDP_MOST))
+        usize::from(self.edns.as_ref().map_or(UDP_PLAIN, Edns::max_payload).max(UDP_MOST)) + 1
+    }
+
+    /// The longest reply that the client takes.
+    fn takes(&self) -> usize {
+        match (self.transport, &self.edns) {
+            (Transport::Tcp, _) => TCP_MOST,
+            (Transport::Udp, Some(edns)) => usize::from(edns.max_payload().max(UDP_PLAIN)),
+            (Transport::Udp, None) => usize::from(UDP_PLAIN),
+        }
     }
 
     fn header(&self, code: ResponseCode) -> Message {
@@ -202,17 +232,63 @@ impl Query {
     }
 
     fn encode(&self, reply: &Message) -> Vec<u8> {
-        let most = match (self.transport, &self.edns) {
-            (Transport::Tcp, _) => TCP_MOST,
-            (Transport::Udp, Some(edns)) => usize::from(edns.max_payload().clamp(UDP_PLAIN, UDP_MOST)),
-            (Transport::Udp, None) => usize::from(UDP_PLAIN),
+        let most = match self.transport {
+            Transport::Tcp => TCP_MOST,
+            Transport::Udp => self.takes().min(usize::from(UDP_MOST)),
         };
-        match reply.to_vec() {
-            Ok(bytes) if bytes.len() <= most => bytes,
-            Ok(_) => reply.truncate().to_vec().unwrap_or_else(|_| bare(&self.head, ResponseCode::ServFail)),
-            Err(_) => bare(&self.head, ResponseCode::ServFail),
+        let fits = |message: &Message| message.to_vec().map(|bytes| (bytes.len() <= most).then_some(bytes));
+        let encoded = match fits(reply) {
+            Ok(None) if !reply.additionals.is_empty() => {
+                // What nobody asked for goes first, and is no reason to ask again (RFC 2181 §9).
+                let mut less = reply.clone();
+                less.additionals.clear();
+                fits(&less)
+            }
+            other => other,
+        };
+        encoded
+            .and_then(|bytes| bytes.map_or_else(|| reply.truncate().to_vec(), Ok))
+            .unwrap_or_else(|_| bare(&self.head, ResponseCode::ServFail))
+    }
+}
+
+/// Whether a resolver says that it cannot or will not answer, whoever asks in whatever way.
+pub fn is_failure(reply: &[u8]) -> bool {
+    Header::read(&mut BinDecoder::new(reply))
+        .is_ok_and(|head| matches!(head.response_code, ResponseCode::ServFail | ResponseCode::Refused))
+}
+
+/// Lowers the time for which a denial may be kept: the TTL of its SOA, the lesser of two that count (RFC 2308 §5). The
+/// rest may be signed and stays as it is, and so does all of a reply that is not sound.
+pub fn forget_soon(reply: &mut [u8], most: Duration) {
+    for at in soa_ttls(reply).unwrap_or_default() {
+        if let Some(ttl) = reply.get_mut(at..).and_then(|rest| rest.first_chunk_mut::<4>()) {
+            *ttl = u32::from_be_bytes(*ttl).min(seconds(most)).to_be_bytes();
         }
     }
+}
+
+/// Where the TTLs of the authority section's SOA records are.
+fn soa_ttls(reply: &[u8]) -> Option<Vec<usize>> {
+    let mut decoder = BinDecoder::new(reply);
+    let counts = Header::read(&mut decoder).ok()?.counts;
+    for _ in 0..counts.queries {
+        Asked::read(&mut decoder).ok()?;
+    }
+    let mut found = Vec::new();
+    for is_authority in repeat_n(false, counts.answers.into()).chain(repeat_n(true, counts.authorities.into())) {
+        Name::read(&mut decoder).ok()?;
+        let of = RecordType::read(&mut decoder).ok()?;
+        decoder.read_u16().ok()?;
+        let at = decoder.index();
+        decoder.read_u32().ok()?;
+        let length = decoder.read_u16().ok()?.unverified(/*the slice is checked*/);
+        decoder.read_slice(length.into()).ok()?;
+        if is_authority && of == RecordType::SOA {
+            found.push(at);
+        }
+    }
+    Some(found)
 }
 
 /// A fresh message id from a cryptographic generator (RFC 5452 §9.2).
@@ -245,6 +321,8 @@ fn question(of: RecordType) -> Question {
         Question::Srv
     } else if of == RecordType::PTR {
         Question::Ptr
+    } else if of == RecordType::ANY {
+        Question::Any
     } else {
         Question::Other
     }
@@ -261,6 +339,13 @@ fn bare(head: &Metadata, code: ResponseCode) -> Vec<u8> {
     reply.metadata.recursion_available = true;
     reply.metadata.response_code = code;
     reply.to_vec().unwrap_or_default()
+}
+
+fn address(ip: IpAddr) -> RData {
+    match ip {
+        IpAddr::V4(v4) => RData::A(A(v4)),
+        IpAddr::V6(v6) => RData::AAAA(AAAA(v6)),
+    }
 }
 
 fn absolute(name: &str) -> Option<Name> {

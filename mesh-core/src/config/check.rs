@@ -34,8 +34,8 @@ pub(super) fn config(root: &mut Section<'_>) -> Option<Config> {
     let docker = root.section("docker", |s| Docker { socket: path(s, "socket", "/var/run/docker.sock") });
     let kernel = root.section("kernel", kernel);
     let proxy = root.section("proxy", proxy);
-    let dns = root.section("dns", dns);
     let vip = root.section("vip", |s| vip(s, host.address));
+    let dns = root.section("dns", |s| dns(s, &vip));
     let identity = root.section("identity", identity);
     let services_file = root.section("services", |s| s.path("file"));
     let discovery = root.section("discovery", discovery::discovery);
@@ -108,7 +108,7 @@ fn proxy(s: &mut Section<'_>) -> Proxy {
     }
 }
 
-fn dns(s: &mut Section<'_>) -> Dns {
+fn dns(s: &mut Section<'_>, vip: &VipRanges) -> Dns {
     let ttl = s.duration("ttl", Duration::ZERO, HOUR).unwrap_or(Duration::from_secs(5));
     if ttl.subsec_nanos() != 0 {
         s.fault("ttl", "DNS knows whole seconds only", "write it like `5s`");
@@ -127,6 +127,8 @@ fn dns(s: &mut Section<'_>) -> Dns {
         ttl,
         suffixes,
         datacenters: Vec::new(),
+        vip: vip.clone(),
+        search: s.list("search", suffix),
         ipv6: s.boolean("ipv6").unwrap_or(false),
         upstream_timeout: s.duration("upstream_timeout", min, max).unwrap_or(Duration::from_secs(5)),
     }

@@ -17,7 +17,8 @@ fn consul(mesh: &Mesh) -> Result<(Process, String)> {
     let host = mesh.host(0);
     host.install(&consul::program().map_err(anyhow::Error::msg)?, "consul")?;
     let (bind, url) = (format!("-bind={}", host.address()), format!("http://{}:8500", host.address()));
-    let argv = ["consul", "agent", "-dev", &bind, "-client=0.0.0.0", "-node=lab", "-log-level=warn"];
+    // Its DNS server as a task's resolver: the hooks see port 53.
+    let argv = ["consul", "agent", "-dev", &bind, "-client=0.0.0.0", "-node=lab", "-log-level=warn", "-dns-port=53"];
     let process = host.spawn("consul", &argv)?;
     until(LIMIT, "Consul leads", || {
         let said = host.exec(&["curl", "-sS", &format!("{url}/v1/status/leader")])?;
@@ -67,6 +68,35 @@ fn tasks_find_each_other_by_consul_and_speak_by_tunnel() -> Result<()> {
             let answers: Vec<String> = (0..4).map(|_| get(name)).collect::<Result<_>>()?;
             ensure!(answers.iter().all(|it| it.trim() == expected), "{name}: {answers:?}");
         }
+        Ok(())
+    });
+    checks.run("dig sees Consul's names, and Consul is asked what only it knows", || {
+        let dig = |arguments: &str| {
+            let argv: Vec<_> = ["dig", "+tries=1", "+time=5"].into_iter().chain(arguments.split(' ')).collect();
+            mesh.run(&client, &argv)
+        };
+        for name in ["world.service.consul", "v2.world.service.consul", "V1.World.Service.Consul"] {
+            let said = dig(&format!("+short {name}"))?;
+            ensure!(said.starts_with("240.240."), "{name}: {said:?}");
+        }
+        for name in ["world.service.consul", "_world._tcp.service.consul"] {
+            let said = dig(&format!("+short SRV {name}"))?;
+            let ports: Vec<_> = ["80", "8080"].map(|port| format!("0 0 {port} world.mesh.")).into();
+            ensure!(ports.iter().all(|port| said.contains(port)), "{name}: {said:?}");
+        }
+        let said = dig("+short SRV _world._v2.service.consul")?;
+        ensure!(said.contains("0 0 8080 world--tag-v2.mesh."), "{said:?}");
+        let query = r#"{"Name": "anywhere", "Service": {"Service": "world"}}"#;
+        mesh.host(0).run(&["curl", "-sS", "--fail", "-d", query, &format!("{url}/v1/query")])?;
+        let asked = mesh.host(0).address();
+        let said = dig(&format!("+short @{asked} anywhere.query.consul"))?;
+        ensure!(said.contains(&mesh.host(1).address().to_string()), "{said:?}");
+        let said = dig(&format!("+short @{asked} lab.node.consul"))?;
+        ensure!(said.trim() == asked.to_string(), "{said:?}");
+        let said = dig(&format!("+short @{asked} world.service.consul"))?;
+        ensure!(said.starts_with("240.240."), "the mesh's own, whoever is asked: {said:?}");
+        let said = dig(&format!("@{asked} nobody.service.consul"))?;
+        ensure!(said.contains("NXDOMAIN") && said.contains("SOA"), "{said}");
         Ok(())
     });
     checks.run("what went to the other host went by a tunnel", || {

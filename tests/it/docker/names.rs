@@ -21,6 +21,8 @@ fn names_are_known_in_tasks_and_requests_are_balanced() -> Result<()> {
     for host in [0, 1] {
         mesh.configure(host, "[dns]\nipv6 = true\n")?;
     }
+    // Docker gives the search domain to the tasks.
+    mesh.host(0).write_etc("resolv.conf", &format!("nameserver {RESOLVER}\nsearch corp.test\n"))?;
     let bridge = mesh.task(0, mesh.idle("client-bridge"))?;
     let awsvpc = mesh.task(0, mesh.idle("client-awsvpc").mode(Mode::Awsvpc))?;
     let host = mesh.task(0, mesh.idle("client-host").mode(Mode::Host))?;
@@ -88,6 +90,19 @@ fn names_are_known_in_tasks_and_requests_are_balanced() -> Result<()> {
             Ok(())
         });
     }
+    checks.run("the agent knows the tasks' search domain, and does not let a dead resolver end their search", || {
+        let said = mesh.run(&bridge, &["grep", "search", "/etc/resolv.conf"])?;
+        ensure!(said.contains("corp.test"), "{said:?}");
+        // Nobody is there, and the hook sees port 53.
+        let dig = ["dig", "@127.0.0.9", "+tries=1", "+time=4"];
+        for (name, code) in [("world.corp.test", "NXDOMAIN"), ("nobody.corp.test", "SERVFAIL")] {
+            let said = mesh.run(&bridge, &[&dig[..], &[name]].concat())?;
+            ensure!(said.contains(code), "{said}");
+        }
+        let said = mesh.run(&bridge, &[&dig[..], &["+search", "+short", "world"]].concat())?;
+        ensure!(said.starts_with("240.240."), "{said:?}");
+        Ok(())
+    });
     checks.run("the host's own programs see no difference", || {
         let said = mesh.host(0).exec(&["dig", "+tries=1", "+time=4", "world"])?;
         ensure!(said.stdout.contains("NXDOMAIN"), "{said:?}");

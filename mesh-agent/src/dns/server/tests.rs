@@ -1,11 +1,13 @@
 //! A server on loopback, asked by raw datagrams, by TCP and by `dig`, with resolvers behind it that are real sockets.
 
+mod forwarding;
+
 use std::{collections::HashSet, net::Ipv4Addr, process::Command, sync::Mutex};
 
 use mesh_common::addr::Ip;
 use mesh_core::{
     addr::Vip,
-    config,
+    config::{self, VipRanges},
     model::{OnAgentDeath, Protocol, Service, ServicePort, Snapshot, TlsMode},
 };
 use nix::sched::{CloneFlags, unshare};
@@ -31,6 +33,7 @@ const PTR: u16 = 12;
 const TXT: u16 = 16;
 const AAAA: u16 = 28;
 const SRV: u16 = 33;
+const ANY: u16 = 255;
 const OPT: u16 = 41;
 const AXFR: u16 = 252;
 
@@ -103,6 +106,8 @@ fn serve_on(
             ttl: Duration::from_secs(5),
             suffixes: vec!["mesh".into(), "service.consul".into()],
             datacenters: Vec::new(),
+            vip: VipRanges { v4: "240.240.0.0/16".parse().unwrap(), v6: "fd65:6373:6d65:7368::/96".parse().unwrap() },
+            search: Some(vec!["corp.test".into()]),
             ipv6: true,
             upstream_timeout,
         }),
@@ -245,14 +250,16 @@ async fn mesh_names_are_answered_without_any_resolver() {
         assert!(reply.ends_with(&[&[0, 0, 0, 5, 0, 4][..], &VIP].concat()), "ttl 5 and the VIP: {reply:?}");
         assert_eq!(ask_tcp(bed.addr, &asked).await, reply, "the same over TCP");
     }
+    assert_eq!(answers(&ask(bed.addr, &query(1, "world", ANY)).await), 2);
     let v6 = ask(bed.addr, &query(1, "world", AAAA)).await;
     assert!(v6.ends_with(&"fd65:6373:6d65:7368::1".parse::<std::net::Ipv6Addr>().unwrap().octets()));
     let srv = ask(bed.addr, &query(1, "_http._tcp.world.mesh", SRV)).await;
-    assert_eq!(answers(&srv), 1);
+    assert_eq!((answers(&srv), u16_at(&srv, 10)), (1, 2), "and both addresses of the target");
+    assert!(srv.windows(4).any(|part| part == VIP), "{srv:?}");
     assert!(srv.windows(6).any(|part| part == [0, 0, 0, 0, 0, 80]), "priority, weight and port: {srv:?}");
     let ptr = ask(bed.addr, &query(1, "1.0.240.240.in-addr.arpa", PTR)).await;
     assert!(ptr.ends_with(b"\x05world\x04mesh\0"), "{ptr:?}");
-    assert_eq!(bed.counters.mesh.load(Ordering::Relaxed), 9);
+    assert_eq!(bed.counters.mesh.load(Ordering::Relaxed), 10);
 }
 
 #[tokio::test]
@@ -267,7 +274,18 @@ async fn the_case_of_the_question_is_given_back() {
 #[tokio::test]
 async fn denials_may_be_cached_for_a_moment() {
     let bed = bed(Originals::Unknown, &[], PATIENCE);
-    for (name, of, code) in [("world", TXT, 0), ("world.mesh", TXT, 0), ("nobody.mesh", A, 3)] {
+    let longest = format!("{}.mesh", ["x"; 124].join("."));
+    assert_eq!(longest.len() + 2, 254, "one octet less than there may be, which two-octet labels cannot fill");
+    for (name, of, code) in [
+        ("world", TXT, 0),
+        ("world.mesh", TXT, 0),
+        ("_tcp.world.mesh", A, 0),
+        ("nobody.mesh", A, 3),
+        ("nobody.mesh", AAAA, 3),
+        (&longest, A, 3),
+        ("240.240.in-addr.arpa", SOA, 0),
+        ("9.9.240.240.in-addr.arpa", PTR, 3),
+    ] {
         let reply = ask(bed.addr, &query(1, name, of)).await;
         assert_eq!((rcode(&reply), answers(&reply), u16_at(&reply, 8)), (code, 0, 1), "{name}");
         assert!(reply.windows(4).any(|part| part == [0, 6, 0, 1]), "an SOA, type {SOA}");
@@ -358,7 +376,12 @@ async fn a_reply_that_does_not_fit_is_cut_and_fits_over_tcp() {
     assert!(is_truncated(&cut) && cut.len() <= 512 && answers(&cut) == 0, "{cut:?}");
     let whole = ask(bed.addr, &with_edns(asked.clone(), 4096)).await;
     assert!(!is_truncated(&whole) && answers(&whole) == 100);
-    assert_eq!(u16_at(&whole, 10), 1, "an OPT record answers an OPT record");
+    assert_eq!(u16_at(&whole, 10), 3, "both addresses of the target, and an OPT record answers an OPT record");
+    let less = ask(bed.addr, &with_edns(asked.clone(), u16::try_from(whole.len()).unwrap() - 1)).await;
+    assert!(
+        !is_truncated(&less) && answers(&less) == 100 && u16_at(&less, 10) == 1,
+        "what nobody asked for goes first"
+    );
     let whole = ask_tcp(bed.addr, &asked).await;
     assert!(!is_truncated(&whole) && answers(&whole) == 100);
 }
