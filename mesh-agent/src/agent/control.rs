@@ -15,6 +15,7 @@ use mesh_core::{
     config::Config,
     id::TaskId,
     merge::{self, Merged, Sources},
+    readiness::Gate,
     services::ServiceSet,
     task::Task,
 };
@@ -42,6 +43,8 @@ pub(super) struct Control {
     /// Whether docker has been asked; before that, an empty list of tasks means nothing.
     pub connected: watch::Receiver<bool>,
     pub sets: watch::Receiver<Vec<ServiceSet>>,
+    /// Which ports of the tasks have passed their probes.
+    pub gate: watch::Receiver<Gate>,
     pub metrics: Arc<Metrics>,
     /// Which tasks are armed, after each turn; `None` before the first.
     pub armed: watch::Sender<Option<BTreeSet<TaskId>>>,
@@ -70,6 +73,7 @@ impl Control {
                     Err(_gone) => break,
                 },
                 changed = self.sets.changed() => if changed.is_err() { break },
+                changed = self.gate.changed() => if changed.is_err() { break },
                 changed = self.connected.changed() => if changed.is_err() { break },
                 // Also when the sender is gone: then the agent is stopping too.
                 _ = stop.wait_for(|stop| *stop) => break,
@@ -86,9 +90,11 @@ impl Control {
         }
         let began = Instant::now();
         let sets = self.sets.borrow_and_update().clone();
+        let gate = self.gate.borrow_and_update().clone();
         let sources = Sources {
             sets: &sets,
             tasks: self.tasks.borrow_and_update().clone(),
+            gate: &gate,
             enrol: &self.config.enrol,
             cluster: &self.host.cluster,
             trust_domain: &self.config.identity.trust_domain,

@@ -20,7 +20,7 @@ use crate::{
         access::{Access, Destination, Source},
         metrics::{Direction, Outcome, Protocol},
     },
-    transport::accept::Request,
+    transport::{ELSEWHERE_HEADER, accept::Request},
 };
 
 /// Carries one tunnel request from its beginning to its end.
@@ -64,7 +64,8 @@ async fn deliver(proxy: &Proxy, request: &Request, access: &mut Access) -> Resul
     if *proxy.drain.borrow() {
         return Err(Refusal::Draining);
     }
-    let ask = plan::Inbound { peer: &request.peer, presented: &request.presented, target: request.target };
+    let elsewhere = request.headers.contains_key(ELSEWHERE_HEADER);
+    let ask = plan::Inbound { peer: &request.peer, presented: &request.presented, target: request.target, elsewhere };
     let InboundPlan { service, port, workload, to, .. } =
         plan::inbound(&proxy.published.load(), &ask).map_err(|refused| {
             tracing::debug!(
@@ -87,7 +88,7 @@ async fn deliver(proxy: &Proxy, request: &Request, access: &mut Access) -> Resul
 async fn denied(proxy: &Proxy, peer: SpiffeId, presented: SpiffeId, target: SocketAddr) -> Refusal {
     let mut published = proxy.published.clone();
     while published.changed().await.is_ok() {
-        let ask = plan::Inbound { peer: &peer, presented: &presented, target };
+        let ask = plan::Inbound { peer: &peer, presented: &presented, target, elsewhere: false };
         if plan::inbound(&published.load(), &ask).is_err_and(|refused| refused.refusal == Refusal::Denied) {
             return Refusal::Denied;
         }

@@ -39,6 +39,7 @@ fn the_example_shows_every_key() {
     for section in [
         "host",
         "enrol",
+        "readiness",
         "docker",
         "kernel",
         "proxy",

@@ -16,6 +16,7 @@ use mesh_agent::{
 use mesh_core::{
     config::{self, Config},
     merge::{self, Merged, Sources},
+    readiness::Gate,
     task::{Container, ContainerHealth, NetworkMode, Phase, Published, Task},
 };
 use mesh_tests::{
@@ -69,6 +70,7 @@ impl Host {
         let sources = Sources {
             sets: &[],
             tasks: Arc::new(tasks.to_vec()),
+            gate: &Gate::Open,
             enrol: &self.config.enrol,
             cluster: &"demo".parse().expect("valid"),
             trust_domain: &self.config.identity.trust_domain,

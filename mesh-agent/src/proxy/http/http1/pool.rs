@@ -86,6 +86,13 @@ impl Pool {
         }
     }
 
+    /// Closes what leads to endpoints that are no longer chosen.
+    pub(in crate::proxy) fn retain(&self, chosen: impl Fn(&EndpointId) -> bool) {
+        for shard in &self.shards {
+            shard.lock().unwrap_or_else(PoisonError::into_inner).0.retain(|(endpoint, _), _| chosen(endpoint));
+        }
+    }
+
     /// Closes everything.
     pub(in crate::proxy) fn clear(&self) {
         for shard in &self.shards {
