@@ -107,6 +107,7 @@ impl Host {
             Network::Of(other) => arguments.push(format!("--network=container:{other}")),
         }
         arguments.extend(spec.labels.iter().map(|(key, value)| format!("--label={key}={value}")));
+        arguments.extend(spec.stop_signal.iter().map(|signal| format!("--stop-signal={signal}")));
         arguments.push(spec.image.clone());
         arguments.extend_from_slice(&spec.command);
         let said = self.docker(&arguments.iter().map(String::as_str).collect::<Vec<_>>())?;

@@ -93,7 +93,7 @@ pub async fn run(sources: Sources, gate: watch::Sender<Gate>, stop: mpsc::Sender
             },
             () = timer => {}
             _ = stop_look.tick(), if wants_stop => {
-                let orders = watcher.to_stop(&published.load(), &known);
+                let orders = watcher.ill(&published.load(), &known);
                 for order in orders {
                     if stop.send(order).await.is_err() {
                         return;
@@ -309,7 +309,7 @@ impl Watcher {
     }
 
     /// Which containers are to be stopped now, at most one of each service.
-    fn to_stop(&mut self, snapshot: &Snapshot, tasks: &[Task]) -> Vec<Stop> {
+    fn ill(&mut self, snapshot: &Snapshot, tasks: &[Task]) -> Vec<Stop> {
         let now = self.now();
         let mut by_service: BTreeMap<&ServiceName, BTreeMap<&TaskId, Member>> = BTreeMap::new();
         for ((task, _), port) in &self.ports {

@@ -81,7 +81,7 @@ pub struct Standing {
 pub enum State {
     /// It was in use before anybody here had probed it: the first probe decides.
     Presumed,
-    /// It has not been ready yet.
+    /// It has not been ready yet, as far as anybody here has seen.
     Starting,
     Ready,
     /// It was ready.
@@ -124,7 +124,8 @@ impl Standing {
         let streak = if against { streak.saturating_add(1) } else { 0 };
         let (next, needed) = match (state, passed) {
             (State::Presumed, true) | (State::Ready, _) if passed => (State::Ready, 0),
-            (State::Presumed, _) => (State::Failing, 1),
+            // Perhaps it has only begun.
+            (State::Presumed, _) => (State::Starting, 1),
             (State::Ready, _) => (State::Failing, settings.failures),
             (State::Starting | State::Failing, true) => (State::Ready, settings.successes),
             (State::Starting | State::Failing, false) => (state, 0),
@@ -136,8 +137,6 @@ impl Standing {
         let pause = match state {
             State::Ready if !settings.check.goes_on() => None,
             State::Starting => Some(pace(now.saturating_sub(since)).min(settings.interval)),
-            // A port that was open before anybody looked, and is not: it starts, as far as anybody knows.
-            State::Failing if !settings.check.goes_on() => Some(pace(now.saturating_sub(since))),
             State::Presumed | State::Ready | State::Failing => Some(settings.interval),
         };
         Self { state, streak, since, due: pause.map(|pause| now.saturating_add(pause)) }

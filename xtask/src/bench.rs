@@ -1,6 +1,7 @@
 //! `bench`: runs one named benchmark and shows its figures. A benchmark is a bench target of the `benches` crate; it
 //! measures, prints `FIGURE name value unit` lines, and exits non-zero when a bound that it promises does not hold.
 
+mod freshness;
 mod peers;
 
 use std::fs;
@@ -52,6 +53,9 @@ pub fn run(args: &Args) -> Result<bool> {
     // What cannot be set up is said before the first build, and not at all for somebody who only asks for help.
     if name == "peers" && !args.arguments.iter().any(|argument| argument == "--help") {
         peers::prepare(&mut cargo)?;
+    }
+    if name == "freshness" {
+        freshness::prepare(&mut cargo)?;
     }
     cargo.args(["bench", "--package", "mesh-benches", "--bench", name, "--"]);
     cargo.args(args.arguments.iter().filter(|argument| *argument != "--"));

@@ -35,14 +35,15 @@ pub(super) async fn probe(
         let stream = connecting.await.map_err(|error| format!("no connection to {to}: {error}"))?;
         match &settings.check {
             Check::None | Check::Listen | Check::Tcp => Ok(()),
-            Check::Http { path, statuses } => {
+            Check::Http => {
+                let path = &settings.path;
                 let status = http(stream, to, path).await.map_err(|error| format!("GET {path}: {error}"))?;
-                let well = statuses.iter().any(|range| range.contains(&status));
+                let well = settings.statuses.iter().any(|range| range.contains(&status));
                 if well { Ok(()) } else { Err(format!("GET {path} was answered {status}")) }
             }
-            Check::Grpc { service } => match health(stream, to, service).await {
+            Check::Grpc => match health(stream, to, &settings.grpc_service).await {
                 Ok(true) => Ok(()),
-                Ok(false) => Err(format!("{} does not say that `{service}` is serving", grpc::PATH)),
+                Ok(false) => Err(format!("{} does not say that `{}` is serving", grpc::PATH, settings.grpc_service)),
                 Err(error) => Err(format!("{}: {error}", grpc::PATH)),
             },
         }

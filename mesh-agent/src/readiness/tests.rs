@@ -26,7 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A host with one task in host mode, whose port is on loopback.
 struct Host {
-    tasks: watch::Sender<Arc<Vec<Task>>>,
+    tasks: Arc<watch::Sender<Arc<Vec<Task>>>>,
     /// What the snapshot says of the task's first port.
     health: watch::Receiver<Option<Health>>,
     stops: mpsc::Receiver<Stop>,
@@ -64,7 +64,9 @@ impl Host {
     fn of(readiness: Readiness, first: Vec<Task>, presumed: bool) -> Self {
         let (publisher, published) = state::publish();
         let (tasks, observed) = watch::channel(Arc::new(if presumed { first.clone() } else { Vec::new() }));
+        let tasks = Arc::new(tasks);
         let (gate_sender, mut gate) = watch::channel(Gate::default());
+        let probed = gate.clone();
         let (stop, stops) = mpsc::channel(4);
         let (armed_sender, armed) = watch::channel(None);
         let (told, health) = watch::channel(None);
@@ -106,11 +108,14 @@ impl Host {
                 }
             }
         });
-        let host = Self { tasks, health, stops, _running: running };
         if !presumed {
-            host.tasks.send_replace(Arc::new(first));
+            let (tasks, mut probed) = (tasks.clone(), probed);
+            running.spawn(async move {
+                probed.wait_for(|gate| *gate != Gate::Open).await.unwrap();
+                tasks.send_replace(Arc::new(first));
+            });
         }
-        host
+        Self { tasks, health, stops, _running: running }
     }
 
     async fn is(&mut self, wanted: Health) {

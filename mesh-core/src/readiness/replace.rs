@@ -87,7 +87,7 @@ mod tests {
             let after = members[at].stop_after;
             match members[at].is {
                 Being::Starting(since) | Being::Ill(since) => prop_assert!(after.is_some_and(|after| since >= after)),
-                other => prop_assert!(false, "{other:?}"),
+                Being::Ready | Being::Stopping => prop_assert!(false, "{:?}", members[at]),
             }
         }
 

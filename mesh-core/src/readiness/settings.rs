@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// What is asked of a port.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Check {
     /// Nothing.
     None,
@@ -22,10 +22,10 @@ pub enum Check {
     Listen,
     /// That it accepts a connection, again and again.
     Tcp,
-    /// That it answers a GET with one of these statuses.
-    Http { path: String, statuses: Vec<RangeInclusive<u16>> },
-    /// That `grpc.health.v1` says that the service is serving; empty: the whole server.
-    Grpc { service: String },
+    /// That it answers a GET with one of some statuses.
+    Http,
+    /// That `grpc.health.v1` says that it is serving.
+    Grpc,
 }
 
 impl Check {
@@ -33,7 +33,7 @@ impl Check {
     pub fn goes_on(&self) -> bool {
         match self {
             Self::None | Self::Listen => false,
-            Self::Tcp | Self::Http { .. } | Self::Grpc { .. } => true,
+            Self::Tcp | Self::Http | Self::Grpc => true,
         }
     }
 }
@@ -42,6 +42,11 @@ impl Check {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
     pub check: Check,
+    /// What HTTP asks for.
+    pub path: String,
+    pub statuses: Vec<RangeInclusive<u16>>,
+    /// What gRPC asks for; empty: the whole server.
+    pub grpc_service: String,
     /// The container port that speaks for the whole task; `None`: each port for itself.
     pub port: Option<u16>,
     pub interval: Duration,
@@ -60,6 +65,9 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             check: Check::Listen,
+            path: "/".into(),
+            statuses: vec![200..=399],
+            grpc_service: String::new(),
             port: None,
             interval: Duration::from_secs(10),
             timeout: Duration::from_secs(1),
@@ -121,7 +129,13 @@ pub mod label {
     pub const STOP_AFTER: &str = "ecs-mesh.stop-unhealthy-after";
 }
 
-const WORDS: [&str; 5] = ["none", "listen", "tcp", "http", "grpc"];
+const WORDS: [(&str, Check); 5] = [
+    ("none", Check::None),
+    ("listen", Check::Listen),
+    ("tcp", Check::Tcp),
+    ("http", Check::Http),
+    ("grpc", Check::Grpc),
+];
 const INTERVAL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(600));
 const TIMEOUT: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(60));
 /// A task that needs some seconds to start must not be stopped for that.
@@ -142,28 +156,21 @@ fn labelled(
         format!("label `{}{key}` is `{}`; write {wanted}", label::PREFIX, text.escape_debug())
     };
     if let Some(word) = get(label::CHECK) {
-        settings.check = check(word, None, None, None).map_err(|wanted| wrong(label::CHECK, word, &wanted))?;
+        settings.check = check(word).ok_or_else(|| wrong(label::CHECK, word, &words()))?;
         settings.chosen = true;
     }
     if let Some(text) = get(label::PORT) {
         let port = text.parse::<u16>().ok().filter(|port| *port != 0);
         settings.port = Some(port.ok_or_else(|| wrong(label::PORT, text, "a container port"))?);
     }
-    match &mut settings.check {
-        Check::Http { path, statuses } => {
-            if let Some(text) = get(label::PATH) {
-                *path = self::path(text).map_err(|wanted| wrong(label::PATH, text, &wanted))?;
-            }
-            if let Some(text) = get(label::STATUSES) {
-                *statuses = self::statuses(text).map_err(|wanted| wrong(label::STATUSES, text, &wanted))?;
-            }
-        }
-        Check::Grpc { service } => {
-            if let Some(text) = get(label::GRPC_SERVICE) {
-                *service = grpc_service(text).map_err(|wanted| wrong(label::GRPC_SERVICE, text, &wanted))?;
-            }
-        }
-        Check::None | Check::Listen | Check::Tcp => {}
+    if let Some(text) = get(label::PATH) {
+        settings.path = path(text).map_err(|wanted| wrong(label::PATH, text, &wanted))?;
+    }
+    if let Some(text) = get(label::STATUSES) {
+        settings.statuses = statuses(text).map_err(|wanted| wrong(label::STATUSES, text, &wanted))?;
+    }
+    if let Some(text) = get(label::GRPC_SERVICE) {
+        settings.grpc_service = grpc_service(text).map_err(|wanted| wrong(label::GRPC_SERVICE, text, &wanted))?;
     }
     let within = |text: &str, (min, max): (Duration, Duration)| {
         let span = duration(text).filter(|span| (min..=max).contains(span));
@@ -178,7 +185,10 @@ fn labelled(
     let count = |key: &str, into: &mut u32| match get(key) {
         None => Ok(()),
         Some(text) => match text.parse::<u32>().ok().filter(|count| (1..=MOST).contains(count)) {
-            Some(count) => Ok(*into = count),
+            Some(count) => {
+                *into = count;
+                Ok(())
+            }
             None => Err(wrong(key, text, &format!("a number of 1 to {MOST}"))),
         },
     };
@@ -197,24 +207,12 @@ fn labelled(
     Ok(settings)
 }
 
-/// The check by its word; what should have been written instead.
-fn check(
-    word: &str,
-    path: Option<String>,
-    statuses: Option<Vec<RangeInclusive<u16>>>,
-    service: Option<String>,
-) -> Result<Check, String> {
-    match word {
-        "none" => Ok(Check::None),
-        "listen" => Ok(Check::Listen),
-        "tcp" => Ok(Check::Tcp),
-        "http" => Ok(Check::Http {
-            path: path.unwrap_or_else(|| "/".into()),
-            statuses: statuses.unwrap_or_else(|| vec![200..=399]),
-        }),
-        "grpc" => Ok(Check::Grpc { service: service.unwrap_or_default() }),
-        _ => Err(format!("one of {}", WORDS.join(", "))),
-    }
+fn check(word: &str) -> Option<Check> {
+    WORDS.iter().find(|(known, _)| *known == word).map(|(_, check)| *check)
+}
+
+fn words() -> String {
+    format!("one of {}", WORDS.map(|(word, _)| word).join(", "))
 }
 
 /// What may stand in a request line.
@@ -260,39 +258,26 @@ pub(crate) fn readiness(s: &mut Section<'_>) -> Readiness {
 
 fn settings(s: &mut Section<'_>, default: &Settings) -> Settings {
     let chosen = s.has("check");
-    let word = s.text("check");
-    let mut read = |key: &'static str| s.text(key);
-    let (path_text, statuses_text, service_text) = (read("path"), read("statuses"), read("grpc_service"));
-    let mut valid = |key: &str, problem: &str, wanted: String| {
-        s.fault(key, format!("`{}` cannot be used", problem.escape_debug()), format!("write {wanted}"));
-    };
-    let path = path_text.as_deref().and_then(|text| path(text).map_err(|wanted| valid("path", text, wanted)).ok());
-    let statuses =
-        statuses_text.as_deref().and_then(|text| statuses(text).map_err(|wanted| valid("statuses", text, wanted)).ok());
-    let service = service_text
-        .as_deref()
-        .and_then(|text| grpc_service(text).map_err(|wanted| valid("grpc_service", text, wanted)).ok());
-    let check = match word.as_deref() {
-        None => default.check.clone(),
-        Some(word) => check(word, path, statuses, service).unwrap_or_else(|wanted| {
-            valid("check", word, wanted);
-            Check::Listen
-        }),
-    };
-    let is_http = matches!(check, Check::Http { .. }) && chosen;
-    let is_grpc = matches!(check, Check::Grpc { .. }) && chosen;
-    for (key, given, fits, of) in [
-        ("path", path_text.is_some(), is_http, "http"),
-        ("statuses", statuses_text.is_some(), is_http, "http"),
-        ("grpc_service", service_text.is_some(), is_grpc, "grpc"),
-    ] {
-        if given && !fits {
-            s.fault(key, format!("belongs to check = \"{of}\""), format!("write check = \"{of}\", or remove it"));
+    let check = s.choice("check", &WORDS).unwrap_or(default.check);
+    let mut text = |key: &'static str, valid: &dyn Fn(&str) -> Result<(), String>| {
+        let text = s.text(key)?;
+        match valid(&text) {
+            Ok(()) => Some(text),
+            Err(wanted) => {
+                s.fault(key, format!("`{}` cannot be used", text.escape_debug()), format!("write {wanted}"));
+                None
+            }
         }
-    }
+    };
+    let path = text("path", &|text| path(text).map(drop));
+    let found = text("statuses", &|text| statuses(text).map(drop)).and_then(|text| statuses(&text).ok());
+    let service = text("grpc_service", &|text| grpc_service(text).map(drop));
     let stop_after = s.duration("stop_unhealthy_after", STOP_AFTER.0, STOP_AFTER.1).or(default.stop_after);
     Settings {
         check,
+        path: path.unwrap_or_else(|| default.path.clone()),
+        statuses: found.unwrap_or_else(|| default.statuses.clone()),
+        grpc_service: service.unwrap_or_else(|| default.grpc_service.clone()),
         port: s.port("port").or(default.port),
         interval: s.duration("interval", INTERVAL.0, INTERVAL.1).unwrap_or(default.interval),
         timeout: s.duration("timeout", TIMEOUT.0, TIMEOUT.1).unwrap_or(default.timeout),
@@ -334,7 +319,8 @@ mod tests {
         let readiness = parse(text).expect("parses");
         let (settings, problem) = of(&readiness, &[]);
         assert_eq!((settings.interval, settings.failures, problem), (Duration::from_secs(7), 2, None));
-        assert_eq!(settings.check, Check::Http { path: "/up".into(), statuses: vec![200..=200, 300..=302] });
+        assert_eq!((settings.check, settings.path.as_str()), (Check::Http, "/up"));
+        assert_eq!(settings.statuses, [200..=200, 300..=302]);
         let labels = [
             ("ecs-mesh.ready.path", "/ok?x=1"),
             ("ecs-mesh.ready.port", "8081"),
@@ -342,11 +328,11 @@ mod tests {
             ("ecs-mesh.ready.interval", " 500ms "),
         ];
         let (settings, problem) = of(&readiness, &labels);
-        assert_eq!(settings.check, Check::Http { path: "/ok?x=1".into(), statuses: vec![200..=200, 300..=302] });
+        assert_eq!((settings.check, settings.path.as_str()), (Check::Http, "/ok?x=1"));
         assert_eq!((settings.port, settings.stop_after, problem), (Some(8081), None, None));
         assert_eq!(settings.interval, Duration::from_millis(500));
         let (settings, _) = of(&readiness, &[("ecs-mesh.ready", "grpc"), ("ecs-mesh.ready.grpc-service", "a.B")]);
-        assert_eq!(settings.check, Check::Grpc { service: "a.B".into() });
+        assert_eq!((settings.check, settings.grpc_service.as_str()), (Check::Grpc, "a.B"));
     }
 
     #[test]
@@ -380,8 +366,8 @@ mod tests {
     #[test]
     fn faults_name_the_key_and_a_remedy() {
         for (text, expected) in [
-            ("[readiness]\ncheck = \"ping\"", "readiness.check: `ping` cannot be used; write one of"),
-            ("[readiness]\npath = \"/\"", "readiness.path: belongs to check = \"http\""),
+            ("[readiness]\ncheck = \"ping\"", "readiness.check: `ping` is not known; use \"none\" or"),
+            ("[readiness]\npath = \"up\"", "readiness.path: `up` cannot be used; write a path such as"),
             (
                 "[[readiness.service]]\nname = \"a\"\ncheck = \"http\"\nstatuses = \"600\"",
                 "readiness.service[a].statuses: `600` cannot be used",

@@ -163,8 +163,14 @@ fn tasks_come_change_and_go() -> Result<()> {
     assert_eq!(service["Meta"]["ecs-mesh-agent"], "10.90.1.10:15008");
     assert_eq!(service["Meta"]["ecs-mesh-identity"], "spiffe://t/ns/demo/sa/world");
 
-    // Not ready, ready, and ill: what its check says.
+    // Not ready yet: nobody shall see it.
+    two.containers[0].health = Some(ContainerHealth::Starting);
+    host.show(&[one.clone(), two.clone()]);
+    std::thread::sleep(Duration::from_secs(1));
+    await_instances(&server, "world", &[ONE])?;
+    // Ready, ill, starting again: what its check says.
     for (health, status) in [
+        (ContainerHealth::Healthy, "passing"),
         (ContainerHealth::Starting, "critical"),
         (ContainerHealth::Healthy, "passing"),
         (ContainerHealth::Unhealthy, "critical"),

@@ -63,7 +63,7 @@ pub(in crate::proxy) async fn serve(route: Arc<Route>, client: Wire, spare: Opti
             let ended = tokio::select! {
                 ended = poll_fn(|cx| match poll(&mut connection, &mut requests, &mut begin, cx) {
                     Poll::Pending if client.is_leaving() => Poll::Ready(None),
-                    other => other.map(Some),
+                    polled @ (Poll::Pending | Poll::Ready(_)) => polled.map(Some),
                 }) => ended,
                 // The sender lives in the proxy that we hold.
                 () = async { drop(drain.wait_for(|drain| *drain).await) } => None,
