@@ -9,11 +9,13 @@ use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
 use hyper::{Method, Request, Response, client::conn::http1::SendRequest, service::service_fn};
 use hyper_util::rt::TokioIo;
+use tokio::{io::AsyncWriteExt as _, sync::watch, task::JoinSet};
 
 use super::{
     two_agents::{Far, far},
     *,
 };
+use crate::transport::accept::{Acceptance, Arrival, serve};
 
 /// A server that says its name, and how many connections it got.
 async fn named(name: &'static str) -> (SocketAddr, Arc<AtomicUsize>) {
@@ -94,6 +96,64 @@ async fn the_agent_of_a_leaving_task_sends_callers_elsewhere_if_they_have_a_choi
     assert_eq!(ask(&mut sender, Method::POST).await, (200, false, "goes".into()));
 }
 
+/// Another agent in front of an application that answers one request of each connection. Of the first connection it then
+/// takes `taken` octets of the next request, and closes; the agent had been sent all of it.
+async fn one_each(identities: Identities, taken: u64) -> (SocketAddr, Arc<AtomicUsize>) {
+    let listener = Acceptor::new(TcpListener::bind("127.0.0.1:0").await.unwrap().into_std().unwrap()).unwrap();
+    let at = listener.local_addr().unwrap();
+    let acceptance = Acceptance {
+        presents: Arc::new(|_, _| Some(id("world"))),
+        failed: Arc::new(drop),
+        handshake_timeout: Duration::from_secs(5),
+        drain: Duration::from_secs(1),
+    };
+    let connections = Arc::new(AtomicUsize::new(0));
+    let counted = connections.clone();
+    tokio::spawn(async move {
+        let (_drain, draining) = watch::channel(false);
+        let spawn = move |set: &mut JoinSet<()>, arrival: Arrival| {
+            let counted = counted.clone();
+            set.spawn(arrival.run(move |request| {
+                let first = counted.fetch_add(1, Ordering::Relaxed) == 0;
+                async move {
+                    let mut tunnel = request.accept().unwrap();
+                    let length = u64::try_from(until(&mut tunnel, "\r\n\r\nbody").await.len()).unwrap();
+                    tunnel.tell_taken(move || length + taken);
+                    tunnel.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nsaid").await.unwrap();
+                    if first {
+                        until(&mut tunnel, "\r\n\r\nbody").await;
+                    }
+                    tunnel.shutdown().await.unwrap();
+                    drop(rest(&mut tunnel).await);
+                }
+            }));
+        };
+        serve(listener, identities, acceptance, spawn, draining).await.unwrap();
+    });
+    (at, connections)
+}
+
+async fn post(sender: &mut SendRequest<Full<Bytes>>) -> u16 {
+    sender.ready().await.unwrap();
+    let request = Request::post("/").header("host", "world").body(Full::from("body")).unwrap();
+    soon(sender.send_request(request)).await.unwrap().status().as_u16()
+}
+
+#[tokio::test]
+async fn a_post_that_the_application_was_not_given_is_sent_again_and_no_other() {
+    for (taken, expected, connections) in [(0, 200, 2), (1, 502, 1)] {
+        let identities = Identities::new(ca("demo.mesh"), DAY);
+        let (at, counted) = one_each(identities.clone(), taken).await;
+        let near = Agent::with(identities);
+        let app = "127.0.0.1:9".parse().unwrap();
+        near.publish(snapshot(Protocol::Http, vec![endpoint(app, Reach::Tunnel { agent: at }, &id("world"))]));
+        let mut sender = client_of(near.listen().await).await;
+        assert_eq!(post(&mut sender).await, 200);
+        assert_eq!(post(&mut sender).await, expected, "{taken} octets taken");
+        assert_eq!(counted.load(Ordering::Relaxed), connections);
+    }
+}
+
 #[tokio::test]
 async fn a_request_that_may_be_repeated_goes_elsewhere_when_a_new_connection_dies_under_it() {
     let ((dies, _), (lives, _)) = (mute().await, named("lives").await);
@@ -133,7 +193,7 @@ async fn so_is_one_that_speaks_http2() {
     let app = server(|stream| async move {
         let mut connection = h2::server::handshake(stream).await.unwrap();
         while let Some(Ok((_request, mut respond))) = connection.accept().await {
-            respond.send_response(http::Response::new(()), true).unwrap();
+            respond.send_response(Response::new(()), true).unwrap();
         }
     })
     .await;
@@ -142,7 +202,7 @@ async fn so_is_one_that_speaks_http2() {
     let stream = TcpStream::connect(agent.listen_for(&app.to_string()).await).await.unwrap();
     let (mut sender, connection) = h2::client::handshake(stream).await.unwrap();
     let ended = tokio::spawn(connection);
-    let request = http::Request::get("http://world/").body(()).unwrap();
+    let request = Request::get("http://world/").body(()).unwrap();
     assert_eq!(soon(sender.send_request(request, true).unwrap().0).await.unwrap().status(), 200);
     soon(ended).await.unwrap().expect("it ends in order");
 }

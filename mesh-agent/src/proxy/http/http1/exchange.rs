@@ -4,7 +4,8 @@
 //! the request never left us, or the connection closed without an answer under a request without a body whose method is
 //! idempotent (RFC 9110 §9.2.2, RFC 9112 §9.3.1). The last happens when a server leaves: connections that it had not yet
 //! accepted end with its listener. On a new connection it is done once, because the request itself may be what the server
-//! does not survive. Must not know how bodies are moved.
+//! does not survive. Any request is sent again when the other agent says that the application had closed the connection
+//! before it was given one octet of it. Must not know how bodies are moved.
 
 use std::sync::{Arc, atomic::Ordering};
 
@@ -147,6 +148,7 @@ async fn send(
     let proxy = &client.route.proxy;
     let repeatable = body.is_end_stream() && client::is_idempotent(&head.method);
     let (upload, broken) = Upload::new(body, access.counts.clone());
+    let sent = upload.sent();
     let mut request = Request::from_parts(head, upload);
     let mut attempts = Attempts::default();
     let mut fresh = false;
@@ -161,9 +163,10 @@ async fn send(
                 continue;
             }
         };
-        let copy = (repeatable && !lost).then(|| copy_of(&request));
+        let copy = (repeatable && !lost || lease.used && lease.sender.is_told()).then(|| copy_of(&request));
+        let position = lease.sender.position();
         let began = proxy.now();
-        let error = match lease.sender.try_send_request(request).await {
+        let error = match lease.sender.requests.try_send_request(request).await {
             Ok(response) => {
                 let now = proxy.now();
                 lease.in_flight.succeeded(now.saturating_sub(began), now);
@@ -179,10 +182,14 @@ async fn send(
         request = match (unsent(error), copy) {
             (Some(request), _) => request,
             (None, _) if broken.load(Ordering::Relaxed) => return Err(Failed::ClientGone),
-            (None, Some(copy)) => copy,
-            (None, None) => {
-                lease.in_flight.failed(proxy.now(), draw());
-                return Err(Failed::Refused(failure));
+            (None, Some(copy)) if repeatable => copy,
+            (None, copy) => {
+                let missed = copy.filter(|_| lease.sender.has_missed(position)).zip(sent.again());
+                let Some((copy, body)) = missed else {
+                    lease.in_flight.failed(proxy.now(), draw());
+                    return Err(Failed::Refused(failure));
+                };
+                copy.map(|_none| body)
             }
         };
         if lease.used {
