@@ -256,7 +256,7 @@ pub async fn run(
         tasks: observer.tasks.clone(),
         connected: observer.connected.clone(),
         sets: discovery.sets.clone(),
-        gate,
+        gate: Some(gate),
         metrics: telemetry.metrics.clone(),
         armed: armed_sender,
         merged: Merged::default(),
