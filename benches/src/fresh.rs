@@ -276,7 +276,7 @@ impl Stage {
     /// Waits until the first host's agent would send requests to these tasks.
     fn await_healthy(&self, service: &str, tasks: &[&Task]) -> Result<()> {
         let host = one_of(self, 0)?;
-        until("the first host knows the new endpoints", || {
+        let known = until("the first host knows the new endpoints", || {
             let all: Value = serde_json::from_str(&host.run(&["mesh-agent", "services", "--json"])?)?;
             let services = all["services"].as_array().into_iter().flatten();
             let ports = services.filter(|it| it["name"] == service).flat_map(|it| it["ports"].as_array()).flatten();
@@ -285,6 +285,11 @@ impl Stage {
                 let at = task.published(PORT).map(|at| at.to_string()).unwrap_or_default();
                 endpoints.iter().any(|it| it["health"] == "healthy" && it.to_string().contains(&at))
             }))
+        });
+        known.with_context(|| {
+            let said: Vec<_> = self.agents.iter().map(Process::last_words).collect();
+            let listed = host.run(&["mesh-agent", "services", "--json"]).unwrap_or_default();
+            format!("{listed}\n{}", said.join("\n\n"))
         })
     }
 }
