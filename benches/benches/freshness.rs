@@ -1,6 +1,6 @@
 //! How soon the mesh knows: a task that starts, stops or falls ill, and all endpoints of a service replaced under load.
 //!
-//! Exits non-zero when a request fails during a replacement, or a promised bound does not hold. It must not know how the
+//! Exits non-zero when a request that may be repeated fails during a replacement, or a promised bound does not hold. It must not know how the
 //! agent does it.
 #![allow(clippy::print_stdout, reason = "figures are what a benchmark is for")]
 
@@ -16,6 +16,8 @@ use mesh_benches::fresh::{Kind, Stage, Started};
 /// Beyond what the registry needs by itself, the median may be so much.
 const BEYOND_MS: f64 = 100.0;
 const RATE: u32 = 500;
+/// Of POSTs, at most so many may fail: they are not sent again when the application may have seen them.
+const POSTS: f64 = 1e-3;
 /// Long enough for four tasks to be replaced on a machine that does other work too.
 const SECONDS: u32 = 20;
 
@@ -97,17 +99,24 @@ fn roll(stage: &Stage, kind: Kind) -> Result<bool> {
     let name = kind.name();
     println!("FIGURE freshness_rolling_{name}_requests {:.0} requests", rolled.answered + rolled.failed);
     println!("FIGURE freshness_rolling_{name}_rate {:.1} 1/s", rolled.rate);
-    println!("FIGURE freshness_rolling_{name}_failed {:.0} requests", rolled.failed);
+    let repeatable = rolled.failed - rolled.failed_posts;
+    println!("FIGURE freshness_rolling_{name}_failed {repeatable:.0} requests");
+    println!("FIGURE freshness_rolling_{name}_failed_posts {:.0} requests", rolled.failed_posts);
     println!("FIGURE freshness_rolling_{name}_p50 {:.3} ms", rolled.p50);
     println!("FIGURE freshness_rolling_{name}_p99 {:.3} ms", rolled.p99);
     println!("FIGURE freshness_rolling_{name}_max {:.3} ms", rolled.longest);
     for reason in &rolled.reasons {
         println!("      {reason}");
     }
-    if rolled.failed > 0.0 {
-        println!("FAULT {:.0} requests failed while four endpoints ({name}) were replaced", rolled.failed);
+    // A quarter are POSTs, of which an application that closes its idle connections may meet one.
+    let posts = rolled.failed_posts / (rolled.answered + rolled.failed) * 4.0;
+    if repeatable > 0.0 {
+        println!("FAULT {repeatable:.0} requests failed while four endpoints ({name}) were replaced");
     }
-    Ok(rolled.failed == 0.0)
+    if posts > POSTS {
+        println!("FAULT one POST in {:.0} failed while four endpoints ({name}) were replaced", 1.0 / posts);
+    }
+    Ok(repeatable == 0.0 && posts <= POSTS)
 }
 
 /// The agent that `MESH_AGENT` names, else a release build.

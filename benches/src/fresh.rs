@@ -47,6 +47,8 @@ pub enum Kind {
 pub struct Rolled {
     pub answered: f64,
     pub failed: f64,
+    /// Of these, POSTs.
+    pub failed_posts: f64,
     pub p50: f64,
     pub p99: f64,
     pub longest: f64,
@@ -268,9 +270,18 @@ impl Stage {
         let mut lines = said.stdout.lines();
         let numbers = lines.next().unwrap_or_default();
         let numbers: Vec<f64> = numbers.split(' ').filter_map(|number| number.parse().ok()).collect();
-        let [answered, failed, p50, p99, longest] = numbers[..] else { bail!("{said:?}") };
+        let [answered, failed, failed_posts, p50, p99, longest] = numbers[..] else { bail!("{said:?}") };
         let reasons = lines.map(str::to_owned).collect();
-        Ok(Rolled { answered, failed, p50, p99, longest, reasons, rate: (answered + failed) / f64::from(seconds) })
+        Ok(Rolled {
+            answered,
+            failed,
+            failed_posts,
+            p50,
+            p99,
+            longest,
+            reasons,
+            rate: (answered + failed) / f64::from(seconds),
+        })
     }
 
     /// Waits until the first host's agent would send requests to these tasks.

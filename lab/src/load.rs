@@ -132,12 +132,14 @@ impl Outcome {
         self.times.get(index).copied().unwrap_or_default()
     }
 
-    /// `answered failed p50 p99 longest`, times in milliseconds, and a line for each reason.
+    /// `answered failed posts p50 p99 longest`, times in milliseconds, and a line for each reason. `posts` are those of the
+    /// failed that were POSTs.
     #[must_use]
     pub fn report(&self) -> String {
         let at = |permille| self.quantile(permille).as_secs_f64() * 1e3;
         let (answered, failed) = (self.times.len(), self.failures.len());
-        let mut text = format!("{answered} {failed} {:.2} {:.2} {:.2}", at(500), at(990), at(1000));
+        let posts = self.failures.iter().filter(|reason| reason.starts_with("POST")).count();
+        let mut text = format!("{answered} {failed} {posts} {:.2} {:.2} {:.2}", at(500), at(990), at(1000));
         for reason in self.failures.iter().take(10) {
             text.push('\n');
             text.push_str(reason);
