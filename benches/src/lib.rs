@@ -6,6 +6,7 @@
 pub mod agents;
 pub mod certificates;
 pub mod figures;
+pub mod fresh;
 pub mod goals;
 pub mod interrupt;
 pub mod load;
@@ -13,6 +14,7 @@ pub mod peers;
 pub mod plot;
 pub mod proof;
 pub mod reference;
+pub mod registry;
 pub mod report;
 pub mod rounds;
 pub mod subject;

@@ -107,6 +107,7 @@ impl Host {
             Network::Of(other) => arguments.push(format!("--network=container:{other}")),
         }
         arguments.extend(spec.labels.iter().map(|(key, value)| format!("--label={key}={value}")));
+        arguments.extend(spec.stop_signal.iter().map(|signal| format!("--stop-signal={signal}")));
         arguments.push(spec.image.clone());
         arguments.extend_from_slice(&spec.command);
         let said = self.docker(&arguments.iter().map(String::as_str).collect::<Vec<_>>())?;
@@ -119,7 +120,10 @@ impl Host {
         let text = self.docker(&["inspect", "--format={{json .NetworkSettings.Ports}}", id])?;
         let known: serde_json::Value = serde_json::from_str(&text).context("docker inspect gives the ports as JSON")?;
         let find = |&port: &u16| {
-            let host = known[format!("{port}/tcp")][0]["HostPort"].as_str().and_then(|port| port.parse().ok());
+            // Docker publishes for both families, not always on the same port, and in any order.
+            let all = known[format!("{port}/tcp")].as_array().into_iter().flatten();
+            let v4 = all.clone().find(|it| it["HostIp"].as_str().is_some_and(|ip| ip.contains('.')));
+            let host = v4.or(all.last()).and_then(|it| it["HostPort"].as_str()?.parse().ok());
             host.map(|host| (port, host)).with_context(|| format!("port {port} of {id} is not published: {text}"))
         };
         ports.iter().map(find).collect()

@@ -28,6 +28,8 @@ pub(crate) struct ContainerSpec {
     pub(crate) ports: Vec<u16>,
     pub(crate) image: String,
     pub(crate) command: Vec<String>,
+    /// What `docker stop` sends first; the stand-in knows SIGTERM only.
+    pub(crate) stop_signal: Option<String>,
 }
 
 /// `HostConfig.NetworkMode`.

@@ -22,7 +22,7 @@ use crate::{
 /// ECS cluster of all tasks of the lab.
 const CLUSTER: &str = "demo";
 const PAUSE: &str = "~internal~ecs~pause";
-/// ECS waits thirty seconds by default; the lab's programs need none.
+/// ECS waits thirty seconds by default; the lab's programs need less.
 const GRACE: Duration = Duration::from_secs(2);
 
 /// Network mode of a task definition.
@@ -48,6 +48,8 @@ pub struct TaskSpec {
     pub ports: Vec<u16>,
     /// Docker labels besides those of ECS.
     pub labels: Vec<(String, String)>,
+    /// What `docker stop` sends first; `None`: SIGTERM.
+    pub stop_signal: Option<String>,
 }
 
 impl TaskSpec {
@@ -61,6 +63,7 @@ impl TaskSpec {
             command: command.iter().map(|&word| word.to_owned()).collect(),
             ports: Vec::new(),
             labels: Vec::new(),
+            stop_signal: None,
         }
     }
 
@@ -73,6 +76,13 @@ impl TaskSpec {
     #[must_use]
     pub fn port(mut self, port: u16) -> Self {
         self.ports.push(port);
+        self
+    }
+
+    /// As an image's `STOPSIGNAL`.
+    #[must_use]
+    pub fn stop_signal(mut self, name: &str) -> Self {
+        self.stop_signal = Some(name.to_owned());
         self
     }
 
@@ -136,6 +146,7 @@ impl Host {
         let mut container = container(spec, &id, &spec.family, network, &spec.command);
         container.ports.clone_from(&spec.ports);
         container.labels.extend_from_slice(&spec.labels);
+        container.stop_signal.clone_from(&spec.stop_signal);
         let asked = Instant::now();
         let container = self.start_container(&container)?;
         let started = Instant::now();
@@ -237,6 +248,7 @@ fn container(spec: &TaskSpec, id: &str, name: &str, network: Network, command: &
         ports: Vec::new(),
         image: spec.image.clone(),
         command: command.to_vec(),
+        stop_signal: None,
     }
 }
 

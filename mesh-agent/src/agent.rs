@@ -28,6 +28,7 @@ use mesh_core::{
     config::{Config, discovery::SourceName},
     id::{InvalidName, ServiceName, SpiffeId, TaskId},
     merge::Merged,
+    readiness::Gate,
     task::Task,
 };
 use tokio::{
@@ -48,6 +49,7 @@ use crate::{
         places::Namespaces,
         workers::{WorkerError, Workers},
     },
+    readiness,
     reconciler::{Reconciler, Servers, StartError, serve_tunnels},
     state::{self, Published},
     sys::{
@@ -80,6 +82,8 @@ const OWN_SERVICE: &str = "ecs-mesh-agent";
 const BEATS_PER_LIMIT: u32 = 6;
 /// Beyond its drain, what an agent needs to stop.
 const STOPPING: Duration = Duration::from_secs(3);
+/// Containers that may wait to be stopped.
+const STOPS: usize = 16;
 /// Kernel reports that may wait to be recorded; beyond, they wait in the ring buffer.
 const REPORTS: usize = 4096;
 
@@ -223,6 +227,17 @@ pub async fn run(
     let for_registrar = published.clone();
     running.spawn(serve_tunnels(servers.clone(), tunnels, presents(published, own.clone())));
     running.spawn(tell_ready(armed.clone(), ready));
+    let (gate_sender, gate) = watch::channel(Gate::default());
+    let (stop_task, stops) = mpsc::channel(STOPS);
+    running.spawn(tasks::stop::run(config.docker.socket.clone(), stops));
+    let probed = readiness::Sources {
+        readiness: config.readiness.clone(),
+        published: for_registrar.clone(),
+        tasks: observer.tasks.clone(),
+        namespaces: servers.namespaces.clone(),
+        armed: armed.clone(),
+    };
+    running.spawn(readiness::run(probed, gate_sender, stop_task));
     let (withdraw, withdrawing) = watch::channel(false);
     let registering = tokio::spawn(register(registrar, armed, (for_registrar, observer.tasks.clone()), withdrawing));
     let stopped = drain.subscribe();
@@ -242,6 +257,7 @@ pub async fn run(
         tasks: observer.tasks.clone(),
         connected: observer.connected.clone(),
         sets: discovery.sets.clone(),
+        gate: Some(gate),
         metrics: telemetry.metrics.clone(),
         armed: armed_sender,
         merged: Merged::default(),

@@ -26,7 +26,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mesh_core::{balance::Load, model::EndpointId};
+use mesh_core::{
+    balance::Load,
+    model::{EndpointId, Health},
+};
 use tokio::sync::watch;
 
 use crate::{state::Published, telemetry::Telemetry, transport::dial::Dialer};
@@ -114,6 +117,9 @@ impl Proxy {
             self.telemetry.metrics.snapshot(&snapshot);
             self.loads.retain_known(&snapshot);
             self.seen.retain_known(&snapshot);
+            let healthy = |id: &EndpointId| snapshot.endpoint(id).is_some_and(|it| it.health == Health::Healthy);
+            self.pool.retain(healthy);
+            self.requests.retain(healthy);
             loop {
                 tokio::select! {
                     changed = published.changed() => match changed {

@@ -1,7 +1,7 @@
 //! The tasks of this host, as the container runtime shows them: one list, replaced whenever something changed.
 //!
 //! [`docker`] talks to the daemon, [`notice`] to inotify, [`known`] is what has been seen so far, [`container`] reads one answer,
-//! [`sandbox`] finds namespaces and cgroups before docker tells, [`assemble`] makes tasks of containers, and
+//! [`sandbox`] finds namespaces and cgroups before docker tells, [`assemble`] makes tasks of containers, [`stop`] ends one, and
 //! [`ecs_agent`] asks the ECS agent for the cluster. Must not know what the mesh does with a task.
 
 pub mod assemble;
@@ -11,6 +11,7 @@ pub mod ecs_agent;
 pub mod known;
 pub mod notice;
 pub mod sandbox;
+pub mod stop;
 
 use std::{net::IpAddr, path::PathBuf, sync::Arc};
 

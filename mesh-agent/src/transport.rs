@@ -31,6 +31,9 @@ pub struct To {
     pub from: SpiffeId,
     /// Whose certificate we must see.
     pub expect: SpiffeId,
+    /// Whether the caller has another endpoint to go to, which the peer agent is told: it may refuse for a task that is
+    /// just stopping.
+    pub elsewhere: bool,
 }
 
 /// A tunnel stream could not be opened.
@@ -43,5 +46,7 @@ pub struct TunnelError {
     pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
+/// Header of a CONNECT with which the caller says that it has another endpoint to go to.
+pub(crate) const ELSEWHERE_HEADER: &str = "ecs-mesh-elsewhere";
 /// Header of a CONNECT answer that carries the number of our refusal, so that the caller's log names the same reason.
 const REFUSAL_HEADER: &str = "ecs-mesh-refusal";

@@ -100,6 +100,8 @@ refusals! {
     BadRequest = 21, "bad_request", Client, "the client sends HTTP that cannot be forwarded safely (RFC 9112)";
     /// The endpoint closed the connection before it had answered the request.
     UpstreamReset = 22, "upstream_reset", Upstream, "the application crashed or closed the connection in the middle of an answer";
+    /// The task is not ready any more, and the caller can go elsewhere.
+    NotReady = 23, "not_ready", Upstream, "none if another endpoint answered: the caller's registry had not heard yet that the task is stopping or unhealthy";
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ use crate::{
     merge::{self, ENABLED_LABEL, Merged, SERVICE_LABEL, Sources},
     model::{OnAgentDeath, Protocol, Snapshot, TlsMode},
     policy::{Effect, Policy, Rule},
+    readiness::{Gate, Incarnation},
     services::{EndpointEntry, PortEntry, ServiceEntry, ServiceSet},
     task::{Container, ContainerHealth, NetworkMode, Phase, Published, Task},
 };
@@ -25,6 +26,7 @@ use crate::{
 pub(crate) struct World {
     pub(crate) sets: Vec<ServiceSet>,
     pub(crate) tasks: Vec<Task>,
+    pub(crate) gate: Gate,
     pub(crate) enrol: Enrol,
     pub(crate) cluster: ClusterName,
     pub(crate) trust_domain: TrustDomain,
@@ -39,6 +41,7 @@ impl Default for World {
         Self {
             sets: Vec::new(),
             tasks: Vec::new(),
+            gate: Gate::Open,
             enrol: Enrol {
                 default: true,
                 exclude: vec!["excluded".into()],
@@ -62,6 +65,7 @@ impl World {
         Sources {
             sets: &self.sets,
             tasks: Arc::new(self.tasks.clone()),
+            gate: &self.gate,
             enrol: &self.enrol,
             cluster: &self.cluster,
             trust_domain: &self.trust_domain,
@@ -244,6 +248,7 @@ pub(crate) fn worlds() -> impl Strategy<Value = Vec<World>> {
         1 => world().prop_map(Step::Everything),
         4 => task().prop_map(Step::Task),
         2 => any::<prop::sample::Index>().prop_map(Step::TaskGone),
+        2 => any::<u8>().prop_map(Step::Probed),
         4 => (any::<prop::sample::Index>(), service_set()).prop_map(|(set, some)| Step::Services(set, some)),
         2 => (any::<prop::sample::Index>(), service_name()).prop_map(|(set, name)| Step::ServiceGone(set, name)),
         2 => (any::<prop::sample::Index>(), service_name(), endpoint_entry())
@@ -265,6 +270,8 @@ enum Step {
     Everything(World),
     Task(Task),
     TaskGone(prop::sample::Index),
+    /// The tasks in this set of bits are ready, each at all the ports that tasks here have.
+    Probed(u8),
     Services(prop::sample::Index, ServiceSet),
     ServiceGone(prop::sample::Index, ServiceName),
     Endpoint(prop::sample::Index, ServiceName, EndpointEntry),
@@ -276,13 +283,20 @@ impl Step {
         fn pick(sets: &mut [ServiceSet], at: prop::sample::Index) -> Option<&mut ServiceSet> {
             if sets.is_empty() { None } else { Some(at.get_mut(sets)) }
         }
-        let World { sets, tasks, .. } = world;
+        let World { sets, tasks, gate, .. } = world;
         match self {
             Self::Everything(other) => *world = other,
             Self::Task(task) => match tasks.iter_mut().find(|known| known.id == task.id) {
                 Some(known) => *known = task,
                 None => tasks.push(task),
             },
+            Self::Probed(which) => {
+                let passed = (0..).zip(tasks.iter()).filter(|(n, _)| which & (1 << n) != 0);
+                let ports = |task| [80, 8080, 6379, 9000].map(|port| (task, port));
+                let passed = passed.flat_map(|(_, task): (u8, &Task)| ports(task));
+                let of = |(task, port): (&Task, u16)| ((task.id.clone(), port), Incarnation::of(task, port));
+                *gate = Gate::Probed(Arc::new(passed.map(of).collect()));
+            }
             Self::TaskGone(at) if !tasks.is_empty() => drop(tasks.remove(at.index(tasks.len()))),
             Self::Services(at, some) => {
                 if let Some(set) = pick(sets, at) {

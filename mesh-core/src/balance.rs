@@ -83,6 +83,14 @@ impl Load {
         Self { failures, ejected_until: now.saturating_add(backoff).saturating_add(jitter), ..self }
     }
 
+    /// It asks to be left alone: ejected for the shortest time. The registry will say more by then, and another task may
+    /// have the address.
+    #[must_use]
+    pub fn leave(self, now: Duration) -> Self {
+        let ejected_until = self.ejected_until.max(now.saturating_add(BACKOFF));
+        Self { failures: self.failures.max(MAX_FAILURES), ejected_until, ..self }
+    }
+
     /// Whether the endpoint is not to be chosen while another lives. When its time is over it is probed by one
     /// request at a time until one succeeds.
     pub fn is_ejected(&self, now: Duration) -> bool {

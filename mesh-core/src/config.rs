@@ -11,6 +11,7 @@ use crate::{
     document,
     id::{ClusterName, TrustDomain},
     model::{OnAgentDeath, TlsMode},
+    readiness::Readiness,
 };
 
 pub(crate) mod check;
@@ -31,6 +32,7 @@ pub struct Fault {
 pub struct Config {
     pub host: Host,
     pub enrol: Enrol,
+    pub readiness: Readiness,
     pub docker: Docker,
     pub kernel: Kernel,
     pub proxy: Proxy,

@@ -293,7 +293,7 @@ fn kind(value: &Value<'_>) -> &'static str {
 }
 
 /// `500ms`, `5s`, `1m30s`, `24h`; each number is whole, units descend.
-fn duration(text: &str) -> Option<Duration> {
+pub(crate) fn duration(text: &str) -> Option<Duration> {
     const UNITS: [(&str, u64); 4] = [("h", 3_600_000), ("ms", 1), ("m", 60_000), ("s", 1000)];
     let (mut rest, mut total, mut last) = (text, 0_u64, u64::MAX);
     while !rest.is_empty() {

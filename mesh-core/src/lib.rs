@@ -5,7 +5,7 @@
 //!
 //! Reading order: [`id`] and [`addr`] (names), [`model`] (the snapshot), [`plan`] (the heart: one connection or
 //! request in, one plan or numbered refusal out), then what it is made of: [`resolve`], [`policy`], [`balance`];
-//! where the snapshot comes from: [`config`], [`services`] (the static file), [`consul`], [`task`], [`merge`], [`vip`]; and
+//! where the snapshot comes from: [`config`], [`services`] (the static file), [`consul`], [`task`], [`readiness`], [`merge`], [`vip`]; and
 //! what follows from it: [`dataplane`] (the kernel's image), [`reconcile`] (namespaces to arm), [`rotate`].
 
 pub mod addr;
@@ -19,6 +19,7 @@ pub mod merge;
 pub mod model;
 pub mod plan;
 pub mod policy;
+pub mod readiness;
 pub mod reconcile;
 pub mod resolve;
 pub mod rotate;

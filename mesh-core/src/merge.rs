@@ -20,6 +20,7 @@ use crate::{
         Endpoint, EndpointId, Health, Numbers, OnAgentDeath, Protocol, Reach, Service, ServicePort, Snapshot, TlsMode,
         Workload,
     },
+    readiness::Gate,
     services::{EndpointEntry, PortEntry, ServiceSet},
     task::Task,
     vip::VipTable,
@@ -33,12 +34,14 @@ use known::Known;
 pub use local::{ENABLED_LABEL, SERVICE_LABEL, enrolled};
 use local::{Locals, Member, Served};
 
-/// Everything a snapshot is made from. All but the first two stay the same while an agent runs.
+/// Everything a snapshot is made from. All but the first three stay the same while an agent runs.
 pub struct Sources<'a> {
     /// In order of precedence.
     pub sets: &'a [ServiceSet],
     /// Tasks of this host.
     pub tasks: Arc<Vec<Task>>,
+    /// Which of their ports have passed their probes.
+    pub gate: &'a Gate,
     pub enrol: &'a Enrol,
     pub cluster: &'a ClusterName,
     pub trust_domain: &'a TrustDomain,

@@ -180,6 +180,13 @@ impl Snapshot {
         self.by_address.get(&Addr::from(addr)).map(|destination| &destination.target)
     }
 
+    /// The endpoint that is registered at this address.
+    pub fn endpoint(&self, id: &EndpointId) -> Option<&Arc<Endpoint>> {
+        let Target::Endpoint { service, port, endpoint } = &self.by_address.get(&id.0)?.target else { return None };
+        let service = self.services.get(service)?;
+        service.ports[service.port_index(*port)?].endpoint(endpoint)
+    }
+
     /// The service that has this virtual address.
     pub fn service_at(&self, ip: IpAddr) -> Option<&Arc<Service>> {
         self.services.get(self.by_vip.get(&Ip::from(ip))?)

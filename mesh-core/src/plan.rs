@@ -40,6 +40,8 @@ pub struct Plan {
     pub port: usize,
     pub endpoint: Arc<Endpoint>,
     pub delivery: Delivery,
+    /// Another endpoint could have been chosen: who meets a task that is just stopping may be sent away.
+    pub elsewhere: bool,
     pub reasons: Vec<Reason>,
 }
 
@@ -74,6 +76,8 @@ pub struct Inbound<'a> {
     pub presented: &'a SpiffeId,
     /// `:authority` of the CONNECT.
     pub target: SocketAddr,
+    /// The peer has another endpoint to go to.
+    pub elsewhere: bool,
 }
 
 /// Where an inbound stream is delivered.

@@ -3,4 +3,5 @@
 mod discovery;
 mod faults;
 mod registration;
+mod rolling;
 mod two_hosts;

@@ -7,6 +7,7 @@ mod http2;
 mod identity;
 mod lifecycle;
 mod names;
+mod readiness;
 mod server_first;
 mod streams;
 

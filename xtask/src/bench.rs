@@ -1,6 +1,7 @@
 //! `bench`: runs one named benchmark and shows its figures. A benchmark is a bench target of the `benches` crate; it
 //! measures, prints `FIGURE name value unit` lines, and exits non-zero when a bound that it promises does not hold.
 
+mod freshness;
 mod peers;
 
 use std::fs;
@@ -54,6 +55,7 @@ pub fn run(args: &Args) -> Result<bool> {
     match name.as_str() {
         "peers" if !is_help => peers::prepare(&mut cargo)?,
         "hooks" => peers::prepare_alone(&mut cargo)?,
+        "freshness" => freshness::prepare(&mut cargo)?,
         _ => {}
     }
     cargo.args(["bench", "--package", "mesh-benches", "--bench", name, "--"]);

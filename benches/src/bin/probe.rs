@@ -12,6 +12,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use mesh_benches::registry;
+use mesh_lab::{
+    load,
+    serve::{self, Manner},
+};
 use socket2::SockRef;
 
 /// Connections that an open loop spreads its requests over.
@@ -28,6 +33,18 @@ fn main() -> ExitCode {
         ["trips", to, seconds] => trips(to, seconds),
         ["associate", to, count] => associate(to, count),
         ["question", to, count] => question(to, count),
+        // What a rolling replacement is made of.
+        ["serve", port, answer, "abrupt"] => serve(port, answer, Manner::Abrupt),
+        ["serve", port, answer, late] => {
+            number(late).and_then(|late| serve(port, answer, Manner::Late(Duration::from_millis(late.into()))))
+        }
+        ["load", to, rate, seconds] => number(rate).and_then(|rate| {
+            let time = Duration::from_secs(number(seconds)?.into());
+            load::load(to, rate, time).map(|outcome| outcome.report())
+        }),
+        ["first", to] => load::first(to, Duration::from_secs(20)).map(|at| at.to_string()),
+        ["registry", url, count] => number(count).and_then(|count| registry::share(url, count)),
+        ["seen", url, name, count] => number(count).and_then(|count| registry::seen(url, name, count)),
         _ => Err(io::Error::other(format!("no such role: {words:?}"))),
     };
     match said {
@@ -40,6 +57,11 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn serve(port: &str, answer: &str, manner: Manner) -> io::Result<String> {
+    let port = u16::try_from(number(port)?).map_err(io::Error::other)?;
+    serve::serve(port, answer, manner).map(|()| String::new())
 }
 
 fn number(text: &str) -> io::Result<u32> {

@@ -18,6 +18,7 @@ use mesh_core::{
     merge::{self, Merged, Sources},
     model::{EndpointId, OnAgentDeath, TlsMode, Workload},
     plan::{self, Inbound, Outbound},
+    readiness::Gate,
     resolve::{self, Naming, Question},
     services::{DEFAULT_WEIGHT, EndpointEntry, PortEntry, ServiceEntry, ServiceSet},
     task::{Container, NetworkMode, Phase, Published, Task},
@@ -158,6 +159,7 @@ impl World {
         let sources = Sources {
             sets: std::slice::from_ref(&self.set),
             tasks: self.tasks.clone(),
+            gate: &Gate::Open,
             enrol: &self.enrol,
             cluster: &self.cluster,
             trust_domain: &self.trust_domain,
@@ -228,7 +230,7 @@ fn planning_inbound(world: &World) -> Box<dyn FnMut()> {
     let workload = caller(&snapshot);
     let target = SocketAddr::new(HOST, 32_768);
     Box::new(move || {
-        let ask = Inbound { peer: &workload.identity, presented: &workload.identity, target };
+        let ask = Inbound { peer: &workload.identity, presented: &workload.identity, target, elsewhere: true };
         std::hint::black_box(plan::inbound(&snapshot, &ask).expect("the task is here"));
     })
 }

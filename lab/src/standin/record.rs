@@ -280,6 +280,7 @@ mod tests {
             ports: vec![80],
             image: "i".to_owned(),
             command: Vec::new(),
+            stop_signal: None,
         };
         let mut book = Book::default();
         book.add(Record::new("abc", &spec));

@@ -15,6 +15,7 @@ use mesh_core::{
     config::Config,
     id::TaskId,
     merge::{self, Merged, Sources},
+    readiness::Gate,
     services::ServiceSet,
     task::Task,
 };
@@ -42,6 +43,8 @@ pub(super) struct Control {
     /// Whether docker has been asked; before that, an empty list of tasks means nothing.
     pub connected: watch::Receiver<bool>,
     pub sets: watch::Receiver<Vec<ServiceSet>>,
+    /// Which ports of the tasks have passed their probes; `None`: nobody probes.
+    pub gate: Option<watch::Receiver<Gate>>,
     pub metrics: Arc<Metrics>,
     /// Which tasks are armed, after each turn; `None` before the first.
     pub armed: watch::Sender<Option<BTreeSet<TaskId>>>,
@@ -70,6 +73,10 @@ impl Control {
                     Err(_gone) => break,
                 },
                 changed = self.sets.changed() => if changed.is_err() { break },
+                probing = changed(&mut self.gate) => if !probing {
+                    tracing::error!("nobody probes tasks any more: they are used as docker shows them");
+                    self.gate = None;
+                },
                 changed = self.connected.changed() => if changed.is_err() { break },
                 // Also when the sender is gone: then the agent is stopping too.
                 _ = stop.wait_for(|stop| *stop) => break,
@@ -86,9 +93,11 @@ impl Control {
         }
         let began = Instant::now();
         let sets = self.sets.borrow_and_update().clone();
+        let gate = self.gate.as_mut().map_or(Gate::Open, |gate| gate.borrow_and_update().clone());
         let sources = Sources {
             sets: &sets,
             tasks: self.tasks.borrow_and_update().clone(),
+            gate: &gate,
             enrol: &self.config.enrol,
             cluster: &self.host.cluster,
             trust_domain: &self.config.identity.trust_domain,
@@ -131,5 +140,13 @@ impl Control {
         let took_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
         tracing::debug!(generation = snapshot.generation, took_us, "turn");
         again
+    }
+}
+
+/// Waits for news of the probes; false when there will be none.
+async fn changed(gate: &mut Option<watch::Receiver<Gate>>) -> bool {
+    match gate {
+        Some(gate) => gate.changed().await.is_ok(),
+        None => std::future::pending().await,
     }
 }

@@ -246,6 +246,7 @@ fn explanations_are_golden() {
             from: "spiffe://demo.mesh/ns/demo/sa/web".parse().expect("valid"),
             expect: "spiffe://demo.mesh/ns/demo/sa/world".parse().expect("valid"),
         },
+        elsewhere: true,
         reasons: vec![],
     };
     check(

@@ -41,6 +41,10 @@ use super::{Figures, Report, SourceError, SourceId};
 
 /// News closer together than this is handed on as one.
 const SETTLE: Duration = Duration::from_millis(20);
+/// The same for the first news after a while: long enough for a new service to come with its instances.
+const SETTLE_FIRST: Duration = Duration::from_millis(5);
+/// So long a while.
+const QUIET: Duration = Duration::from_millis(200);
 /// While everything is read for the first time, what there is so far is handed on so often.
 const PROGRESS: Duration = Duration::from_secs(1);
 /// Services swept again in a second; a sweep of 5,000 takes four minutes.
@@ -346,7 +350,8 @@ impl Director {
 
     /// What is known is to be handed on, soon.
     fn changed(&mut self) {
-        let soon = Instant::now() + SETTLE;
+        let quiet = self.published.is_none_or(|last| last.elapsed() > QUIET);
+        let soon = Instant::now() + if quiet { SETTLE_FIRST } else { SETTLE };
         let at = if self.is_loading() { self.published.map_or(soon, |last| last + PROGRESS) } else { soon };
         self.publish = Some(self.publish.map_or(at, |before| before.min(at)));
     }

@@ -3,7 +3,10 @@
 //! The peer is answered only when the application has taken the connection, so that a refusal reaches the caller as
 //! one. Must not know how the tunnel came about.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, atomic::Ordering},
+};
 
 use mesh_common::refusal::Refusal;
 use mesh_core::{
@@ -20,7 +23,7 @@ use crate::{
         access::{Access, Destination, Source},
         metrics::{Direction, Outcome, Protocol},
     },
-    transport::accept::Request,
+    transport::{ELSEWHERE_HEADER, accept::Request},
 };
 
 /// Carries one tunnel request from its beginning to its end.
@@ -39,9 +42,15 @@ pub async fn handle(proxy: Arc<Proxy>, request: Request) {
             let src = access.src.service.as_ref().map_or("", |name| name.as_str());
             let dst = access.dst.service.as_ref().map_or("", |name| name.as_str());
             let _open = proxy.telemetry.metrics.open(Direction::Inbound, src, dst);
+            let elsewhere = request.headers.contains_key(ELSEWHERE_HEADER);
             let denied = denied(&proxy, request.peer.clone(), request.presented.clone(), request.target);
             match request.accept() {
-                Ok(tunnel) => {
+                Ok(mut tunnel) => {
+                    if elsewhere {
+                        // So it is one of our agents. What the application did not take, it may send elsewhere.
+                        let counts = access.counts.clone();
+                        tunnel.tell_taken(move || counts.sent.load(Ordering::Relaxed));
+                    }
                     let source = Wire::new(Socket::Tunnel(Box::new(tunnel)));
                     let counts = access.counts.clone();
                     tokio::select! {
@@ -64,7 +73,8 @@ async fn deliver(proxy: &Proxy, request: &Request, access: &mut Access) -> Resul
     if *proxy.drain.borrow() {
         return Err(Refusal::Draining);
     }
-    let ask = plan::Inbound { peer: &request.peer, presented: &request.presented, target: request.target };
+    let elsewhere = request.headers.contains_key(ELSEWHERE_HEADER);
+    let ask = plan::Inbound { peer: &request.peer, presented: &request.presented, target: request.target, elsewhere };
     let InboundPlan { service, port, workload, to, .. } =
         plan::inbound(&proxy.published.load(), &ask).map_err(|refused| {
             tracing::debug!(
@@ -87,7 +97,7 @@ async fn deliver(proxy: &Proxy, request: &Request, access: &mut Access) -> Resul
 async fn denied(proxy: &Proxy, peer: SpiffeId, presented: SpiffeId, target: SocketAddr) -> Refusal {
     let mut published = proxy.published.clone();
     while published.changed().await.is_ok() {
-        let ask = plan::Inbound { peer: &peer, presented: &presented, target };
+        let ask = plan::Inbound { peer: &peer, presented: &presented, target, elsewhere: false };
         if plan::inbound(&published.load(), &ask).is_err_and(|refused| refused.refusal == Refusal::Denied) {
             return Refusal::Denied;
         }

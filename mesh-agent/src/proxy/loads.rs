@@ -67,6 +67,11 @@ impl InFlight {
         self.0.change(|load| load.observe(rtt, now));
     }
 
+    /// The endpoint's own agent sends everybody elsewhere.
+    pub(super) fn leaving(&self, now: Duration) {
+        self.0.change(|load| load.leave(now));
+    }
+
     /// The endpoint failed.
     pub(super) fn failed(&self, now: Duration, draw: u64) {
         self.0.change(|load| load.fail(now, draw));

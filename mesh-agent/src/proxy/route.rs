@@ -27,6 +27,8 @@ use crate::{
 
 /// Endpoints that one connection or request may try.
 const MAX_TRIES: usize = 3;
+/// The same with those whose agent sent it elsewhere, which took one round trip and nothing of theirs.
+const MAX_ASKED: usize = 16;
 
 /// A client and the service port it wants; as long as its connection.
 pub(super) struct Route {
@@ -44,6 +46,8 @@ pub(super) struct Route {
 #[derive(Default)]
 pub(super) struct Attempts {
     tried: Vec<EndpointId>,
+    /// Of these, how many have failed.
+    failed: usize,
     /// Why the last one failed.
     last: Option<Refusal>,
 }
@@ -112,8 +116,12 @@ impl Route {
     pub(super) async fn connect(&self, plan: Plan) -> Result<Upstream, Refusal> {
         let proxy = &self.proxy;
         let in_flight = proxy.loads.start(&plan.endpoint.id);
-        match self.wire(&plan.delivery).await {
+        match self.wire(&plan).await {
             Ok(wire) => Ok(Upstream { wire, plan, in_flight }),
+            Err(Refusal::NotReady) => {
+                in_flight.leaving(proxy.now());
+                Err(Refusal::NotReady)
+            }
             Err(refusal) => {
                 if worth_another(refusal) {
                     in_flight.failed(proxy.now(), draw());
@@ -123,9 +131,9 @@ impl Route {
         }
     }
 
-    async fn wire(&self, delivery: &Delivery) -> Result<Wire, Refusal> {
+    async fn wire(&self, plan: &Plan) -> Result<Wire, Refusal> {
         let proxy = &self.proxy;
-        match delivery {
+        match &plan.delivery {
             Delivery::Local { task, to } => {
                 let (socket, gone) = proxy.namespaces.socket_of(task, *to).ok_or(Refusal::TaskGone)?;
                 Ok(Wire::tcp(connected(socket, *to, proxy.connect_timeout).await?).until(gone))
@@ -135,7 +143,13 @@ impl Route {
                 Ok(Wire::tcp(connected(socket, *to, proxy.connect_timeout).await?))
             }
             Delivery::Tunnel { agent, authority, from, expect } => {
-                let to = To { agent: *agent, authority: *authority, from: from.clone(), expect: expect.clone() };
+                let to = To {
+                    agent: *agent,
+                    authority: *authority,
+                    from: from.clone(),
+                    expect: expect.clone(),
+                    elsewhere: plan.elsewhere,
+                };
                 let tunnel = proxy.dialer.open(&to).await.map_err(|error| {
                     tracing::debug!(
                         dst.agent = %agent, refusal = error.refusal as u32, error = %error,
@@ -164,7 +178,8 @@ impl Attempts {
     pub(super) fn failed(&mut self, route: &Route, endpoint: &EndpointId, refusal: Refusal) -> Result<(), Refusal> {
         self.tried.push(*endpoint);
         self.last = Some(refusal);
-        if self.tried.len() >= MAX_TRIES || !worth_another(refusal) {
+        self.failed += usize::from(refusal != Refusal::NotReady);
+        if self.failed >= MAX_TRIES || self.tried.len() >= MAX_ASKED || !worth_another(refusal) {
             return Err(refusal);
         }
         route.proxy.telemetry.metrics.retries.inc();

@@ -40,6 +40,7 @@ use crate::{
 };
 
 mod http2;
+mod leaving;
 mod requests;
 mod streams;
 mod two_agents;

@@ -316,6 +316,7 @@ fn status_of(refusal: Refusal) -> StatusCode {
         | Refusal::OriginalLost
         | Refusal::Draining
         | Refusal::TaskGone
+        | Refusal::NotReady
         | Refusal::UpstreamReset => StatusCode::SERVICE_UNAVAILABLE,
     }
 }

@@ -26,7 +26,7 @@ use crate::{
     identity::{Identities, IdentityError, Leaf},
     sys::socket,
     transport::{
-        REFUSAL_HEADER, To, TunnelError, h2_settings,
+        ELSEWHERE_HEADER, REFUSAL_HEADER, To, TunnelError, h2_settings,
         pool::{Connection, Key, Lease, Pool, Turn},
         tls::{self, Tls, TlsError},
         tunnel::Tunnel,
@@ -268,7 +268,7 @@ impl Dialer {
     /// CONNECT on a connection.
     async fn connect(&self, lease: Lease, to: &To) -> Result<Tunnel, StreamError> {
         let limit = self.inner.settings.answer_timeout;
-        let request = connect_request(to.authority)?;
+        let request = connect_request(to.authority, to.elsewhere)?;
         let ask = async {
             let mut requests = lease.connection.requests.clone().ready().await?;
             let (response, send) = requests.send_request(request, false)?;
@@ -351,13 +351,15 @@ impl Inner {
 }
 
 /// `:authority` only, as CONNECT demands (RFC 9113 §8.5).
-fn connect_request(authority: SocketAddr) -> Result<Request<()>, StreamError> {
+fn connect_request(authority: SocketAddr, elsewhere: bool) -> Result<Request<()>, StreamError> {
     let failed = |error| StreamError::Authority(authority, error);
     let authority = uri::Authority::try_from(authority.to_string()).map_err(|error| failed(error.into()))?;
     let mut parts = uri::Parts::default();
     parts.authority = Some(authority);
     let uri = Uri::from_parts(parts).map_err(|error| failed(error.into()))?;
-    Request::builder().method(Method::CONNECT).uri(uri).body(()).map_err(failed)
+    let request = Request::builder().method(Method::CONNECT).uri(uri);
+    let request = if elsewhere { request.header(ELSEWHERE_HEADER, "1") } else { request };
+    request.body(()).map_err(failed)
 }
 
 /// Why an open stream failed before its answer.

@@ -90,7 +90,13 @@ impl Accepting {
     }
 
     fn to_as(&self, from: &str, expect: &SpiffeId) -> To {
-        To { agent: self.addr, authority: "10.90.1.11:8080".parse().unwrap(), from: id(from), expect: expect.clone() }
+        To {
+            agent: self.addr,
+            authority: "10.90.1.11:8080".parse().unwrap(),
+            from: id(from),
+            expect: expect.clone(),
+            elsewhere: false,
+        }
     }
 
     async fn next_refusal(&mut self) -> Refusal {

@@ -6,12 +6,16 @@
 use std::{
     io,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll, ready},
 };
 
 use bytes::{Buf as _, Bytes};
 use h2::{Reason, RecvStream, SendStream};
+use http::{HeaderMap, HeaderName};
 use mesh_core::id::SpiffeId;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -20,6 +24,9 @@ use crate::transport::{h2_settings, pool::Lease};
 /// Bytes of a full frame. What is written by multiples of it wastes nothing.
 pub const LARGEST_FRAME: usize = h2_settings::FRAME as usize;
 
+/// Trailer that ends a tunnel of our own agents. Strictly, nothing but DATA belongs on a CONNECT stream (RFC 9113 §8.5), so
+/// it is sent only to who has shown to be one of them.
+const TAKEN_TRAILER: HeaderName = HeaderName::from_static("ecs-mesh-taken");
 /// The most that one write hands over; h2 cuts it into frames.
 const LARGEST_WRITE: usize = 4 * LARGEST_FRAME;
 
@@ -41,13 +48,20 @@ pub struct Receiving {
     /// Length of `held` as it arrived; to be granted again.
     owed: usize,
     ended: bool,
+    /// What the peer said at its end about how much of ours its application had taken; [`UNTOLD`] until then.
+    taken: Arc<AtomicU64>,
     _lease: Option<Arc<Lease>>,
 }
+
+/// The peer has not said how much it took.
+pub const UNTOLD: u64 = u64::MAX;
 
 /// The direction from us to the peer.
 pub struct Sending {
     stream: SendStream<Bytes>,
     ended: bool,
+    /// How much of the peer's bytes the application has taken, where the peer wants to be told at our end.
+    taken: Option<Box<dyn Fn() -> u64 + Send + Sync>>,
     _lease: Option<Arc<Lease>>,
 }
 
@@ -56,9 +70,27 @@ impl Tunnel {
         let lease = lease.map(Arc::new);
         Self {
             peer,
-            receiving: Receiving { stream: receive, held: Bytes::new(), owed: 0, ended: false, _lease: lease.clone() },
-            sending: Sending { stream: send, ended: false, _lease: lease },
+            receiving: Receiving {
+                stream: receive,
+                held: Bytes::new(),
+                owed: 0,
+                ended: false,
+                taken: Arc::new(AtomicU64::new(UNTOLD)),
+                _lease: lease.clone(),
+            },
+            sending: Sending { stream: send, ended: false, taken: None, _lease: lease },
         }
+    }
+
+    /// Tells the peer, when our direction ends in order, how much of its bytes the application has taken.
+    pub fn tell_taken(&mut self, taken: impl Fn() -> u64 + Send + Sync + 'static) {
+        self.sending.taken = Some(Box::new(taken));
+    }
+
+    /// What the peer says at its end about how much of ours its application had taken by then; [`UNTOLD`] before, and if
+    /// it says nothing.
+    pub fn taken(&self) -> Arc<AtomicU64> {
+        self.receiving.taken.clone()
     }
 
     /// Who is at the other end, proved by its certificate.
@@ -116,7 +148,12 @@ impl Receiving {
                     self.held = data;
                 }
                 Some(Err(error)) => return Poll::Ready(Err(broken(error))),
-                None => self.ended = true,
+                None => {
+                    let trailers = ready!(self.stream.poll_trailers(cx)).map_err(broken)?;
+                    let said = trailers.as_ref().and_then(|said| said.get(TAKEN_TRAILER)?.to_str().ok()?.parse().ok());
+                    self.taken.store(said.unwrap_or(UNTOLD), Ordering::Relaxed);
+                    self.ended = true;
+                }
             }
         }
         Poll::Ready(Ok(true))
@@ -203,7 +240,13 @@ impl AsyncWrite for Sending {
     fn poll_shutdown(mut self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if !self.ended {
             self.ended = true;
-            self.stream.send_data(Bytes::new(), true).map_err(broken)?;
+            match &self.taken {
+                Some(taken) => {
+                    let said = HeaderMap::from_iter([(TAKEN_TRAILER, taken().into())]);
+                    self.stream.send_trailers(said).map_err(broken)?;
+                }
+                None => self.stream.send_data(Bytes::new(), true).map_err(broken)?,
+            }
         }
         Poll::Ready(Ok(()))
     }

@@ -14,6 +14,7 @@ use super::{Admin, Config, Dns, Docker, Enrol, Host, Identity, Kernel, Log, LogF
 use crate::{
     document::Section,
     model::{OnAgentDeath, TlsMode},
+    readiness,
 };
 
 pub(crate) const TLS_WORDS: &[(&str, TlsMode)] = &[("strict", TlsMode::Strict), ("permissive", TlsMode::Permissive)];
@@ -31,6 +32,7 @@ const HOUR: Duration = Duration::from_secs(3600);
 pub(super) fn config(root: &mut Section<'_>) -> Option<Config> {
     let host = root.section("host", host);
     let enrol = root.section("enrol", enrol);
+    let readiness = root.section("readiness", readiness::settings::readiness);
     let docker = root.section("docker", |s| Docker { socket: path(s, "socket", "/var/run/docker.sock") });
     let kernel = root.section("kernel", kernel);
     let proxy = root.section("proxy", proxy);
@@ -43,7 +45,21 @@ pub(super) fn config(root: &mut Section<'_>) -> Option<Config> {
     let log = root.section("log", log);
     ports(root, &proxy, &dns, &admin);
     let identity = identity?;
-    Some(Config { host, enrol, docker, kernel, proxy, dns, vip, identity, services_file, discovery, admin, log })
+    Some(Config {
+        host,
+        enrol,
+        readiness,
+        docker,
+        kernel,
+        proxy,
+        dns,
+        vip,
+        identity,
+        services_file,
+        discovery,
+        admin,
+        log,
+    })
 }
 
 fn path(s: &mut Section<'_>, key: &'static str, default: &str) -> PathBuf {

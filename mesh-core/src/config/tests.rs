@@ -39,6 +39,7 @@ fn the_example_shows_every_key() {
     for section in [
         "host",
         "enrol",
+        "readiness",
         "docker",
         "kernel",
         "proxy",
@@ -65,7 +66,7 @@ fn the_example_shows_every_key() {
             .lines()
             .take_while(|line| !line.starts_with('['))
             .collect();
-        for key in known.split(", ").filter(|key| !EXAMPLE.contains(&format!("\n[{section}.{key}]\n"))) {
+        for key in known.split(", ").filter(|key| !EXAMPLE.contains(&format!("[{section}.{key}]"))) {
             let shown = here.iter().any(|line| line.trim_start_matches("# ").starts_with(&format!("{key} = ")));
             assert!(shown, "{section}.{key} is missing in the example");
         }

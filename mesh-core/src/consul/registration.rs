@@ -217,6 +217,19 @@ impl Served<'_> {
     }
 }
 
+/// What of `desired` is to be registered now: what is ready, and what is registered already, which its check then calls
+/// critical. A task that has never been ready is nobody's to see: not everybody who asks a registry looks at checks.
+pub fn due(
+    desired: &BTreeMap<String, Registration>,
+    observed: &[Observed],
+    owner: &str,
+) -> BTreeMap<String, Registration> {
+    let of = |observed: &&Observed| observed.meta.get(meta::OWNER).is_some_and(|of| of == owner);
+    let known: BTreeSet<&str> = observed.iter().filter(of).map(|observed| observed.id.as_str()).collect();
+    let due = desired.iter().filter(|(id, wanted)| wanted.ready || known.contains(id.as_str()));
+    due.map(|(id, wanted)| (id.clone(), wanted.clone())).collect()
+}
+
 /// What has to be done so that exactly `desired` is registered: leftovers go first, also those of an agent that crashed
 /// or of a host that bore this address before; what others have registered is not touched. At rest it is nothing.
 pub fn actions(desired: &BTreeMap<String, Registration>, observed: &[Observed], owner: &str) -> Vec<Action> {

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     id::ServiceName,
+    readiness::Gate,
     services::{ServiceEntry, ServiceSet},
     task::Task,
 };
@@ -24,6 +25,7 @@ use crate::{
 pub(super) struct Known {
     sets: Vec<ServiceSet>,
     pub(super) tasks: Arc<Vec<Task>>,
+    gate: Gate,
     /// The enrolled ones of `tasks`; the same value for as long as they are the same.
     pub(super) members: Arc<Vec<Member>>,
     pub(super) locals: Arc<Locals>,
@@ -58,6 +60,7 @@ impl Known {
         let locals = match before {
             Some(before)
                 if Arc::ptr_eq(&before.members, &members)
+                    && before.gate == *sources.gate
                     && !members.iter().any(|member| entries.contains(&member.service)) =>
             {
                 before.locals.clone()
@@ -67,6 +70,7 @@ impl Known {
         Self {
             sets: sources.sets.to_vec(),
             tasks: sources.tasks.clone(),
+            gate: sources.gate.clone(),
             members,
             locals,
             entries: before.map(|_| entries),

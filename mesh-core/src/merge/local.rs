@@ -16,6 +16,7 @@ use crate::{
     config::Enrol,
     id::{ServiceName, SpiffeId},
     model::{Endpoint, EndpointId, Health, Reach},
+    readiness::Gate,
     services::{DEFAULT_WEIGHT, PortEntry, ServiceSet},
     task::{ContainerHealth, NetworkMode, Phase, Task},
 };
@@ -191,7 +192,7 @@ fn served(task: &Task, defined: &BTreeMap<u16, PortEntry>, has_80: bool) -> Vec<
 /// The task's endpoint at a container port. `None` while the task runs no instruction yet or has no address.
 fn endpoint(member: &Member, target: u16, sources: &Sources<'_>) -> Option<Arc<Endpoint>> {
     let task = &sources.tasks[member.at];
-    let health = health(task)?;
+    let health = health(task, target, sources.gate)?;
     let (deliver, addr, direct) = match task.mode {
         NetworkMode::Bridge => {
             let deliver = SocketAddr::new(task.address?, target);
@@ -221,14 +222,17 @@ fn endpoint(member: &Member, target: u16, sources: &Sources<'_>) -> Option<Arc<E
     }))
 }
 
-fn health(task: &Task) -> Option<Health> {
+/// Whether the container port may be called. Docker's word comes first: a task that it calls ill is not asked.
+fn health(task: &Task, target: u16, gate: &Gate) -> Option<Health> {
     let well = |health: ContainerHealth| match health {
         ContainerHealth::Healthy => true,
         ContainerHealth::Starting | ContainerHealth::Unhealthy => false,
     };
     match task.phase {
         Phase::Created => None,
-        Phase::Running if task.containers.iter().filter_map(|c| c.health).all(well) => Some(Health::Healthy),
+        Phase::Running if task.containers.iter().filter_map(|c| c.health).all(well) && gate.admits(task, target) => {
+            Some(Health::Healthy)
+        }
         Phase::Running => Some(Health::Unhealthy),
         Phase::Stopping => Some(Health::Draining),
     }

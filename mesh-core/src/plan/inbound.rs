@@ -7,7 +7,7 @@ use mesh_common::refusal::Refusal;
 use super::{Inbound, InboundPlan, Trace, authorise};
 use crate::{
     addr::canonical,
-    model::{Reach, Snapshot, Target},
+    model::{Health, Reach, Snapshot, Target},
 };
 
 pub(super) fn decide(snapshot: &Snapshot, ask: &Inbound<'_>, trace: &mut Trace) -> Result<InboundPlan, Refusal> {
@@ -15,14 +15,15 @@ pub(super) fn decide(snapshot: &Snapshot, ask: &Inbound<'_>, trace: &mut Trace) 
     let found = match snapshot.target(target) {
         Some(Target::Endpoint { service, port, endpoint }) => snapshot.services.get(service).and_then(|service| {
             let index = service.port_index(*port)?;
-            match &service.ports[index].endpoint(endpoint)?.reach {
-                Reach::Local { task, deliver, .. } => Some((service, index, task, *deliver)),
+            let endpoint = service.ports[index].endpoint(endpoint)?;
+            match &endpoint.reach {
+                Reach::Local { task, deliver, .. } => Some((service, index, task, *deliver, endpoint.health)),
                 Reach::Tunnel { .. } | Reach::Plaintext => None,
             }
         }),
         Some(Target::Service { .. }) | None => None,
     };
-    let Some((service, port, task, to)) = found else {
+    let Some((service, port, task, to, health)) = found else {
         trace.say(|| format!("{target} is no endpoint of this host"));
         return Err(Refusal::NotLocal);
     };
@@ -47,7 +48,12 @@ pub(super) fn decide(snapshot: &Snapshot, ask: &Inbound<'_>, trace: &mut Trace) 
         // Listed under another name, the task is still what it is.
         authorise(snapshot, ask.peer, &workload.service, trace)?;
     }
-    // A draining task still takes streams: registries elsewhere learn of it later than we do.
+    // Registries elsewhere learn of it later than we do. Nothing has been sent yet, so the peer may try another. Where it
+    // has none, or its application named this very task, the task is what there is.
+    if health != Health::Healthy && ask.elsewhere {
+        trace.say(|| format!("{target} is {health:?}, and the peer can go elsewhere"));
+        return Err(Refusal::NotReady);
+    }
     trace.say(|| format!("delivered to {to} in its namespace"));
     Ok(InboundPlan { service: service.clone(), port, workload: workload.clone(), to, reasons: Vec::new() })
 }

@@ -15,8 +15,8 @@ use crate::{
 pub(super) fn decide(snapshot: &Snapshot, ask: &Outbound<'_>, trace: &mut Trace) -> Result<Plan, Refusal> {
     let found = resolve(snapshot, ask.dst, trace)?;
     authorise(snapshot, &ask.source.identity, &found.service.name, trace)?;
-    let endpoint = match found.exact {
-        Some(endpoint) => exact(found.service, endpoint, ask, trace)?,
+    let (endpoint, elsewhere) = match found.exact {
+        Some(endpoint) => (exact(found.service, endpoint, ask, trace)?, false),
         None => choose(found.service, &found.service.ports[found.port], ask, trace)?,
     };
     if let Some(owner) = snapshot.other_owner(endpoint, &found.service.name) {
@@ -28,6 +28,7 @@ pub(super) fn decide(snapshot: &Snapshot, ask: &Outbound<'_>, trace: &mut Trace)
         port: found.port,
         endpoint: endpoint.clone(),
         delivery,
+        elsewhere,
         reasons: Vec::new(),
     })
 }
@@ -51,12 +52,13 @@ fn exact<'a>(
     Ok(endpoint)
 }
 
+/// The best of those that may be chosen, and whether there is another.
 fn choose<'a>(
     service: &Service,
     port: &'a ServicePort,
     ask: &Outbound<'_>,
     trace: &mut Trace,
-) -> Result<&'a Arc<Endpoint>, Refusal> {
+) -> Result<(&'a Arc<Endpoint>, bool), Refusal> {
     let endpoints = &port.endpoints;
     let load = |n: usize| (ask.load)(&endpoints[n].id);
     let usable = |n: &usize| is_candidate(&endpoints[*n], ask) && permitted(service, &endpoints[*n]);
@@ -71,7 +73,7 @@ fn choose<'a>(
                 trace.say(|| "a byte stream stays on this host while an endpoint here is healthy".to_owned());
             }
             trace.say(|| picked_sentence(endpoints, picked, ask));
-            Ok(&endpoints[picked.chosen])
+            Ok((&endpoints[picked.chosen], picked.over.is_some()))
         }
         None => Err(none(service, port, ask, trace)),
     }

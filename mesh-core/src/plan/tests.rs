@@ -175,7 +175,8 @@ fn a_task_listed_under_another_name_is_still_what_it_is() {
     let (web, cache) = ("spiffe://a/ns/demo/sa/web".parse(), "spiffe://a/ns/demo/sa/cache".parse());
     let (peer, presented) = (web.expect("valid"), cache.expect("valid"));
     let target = "10.90.1.10:32768".parse().expect("valid");
-    let refused = inbound(&snapshot, &Inbound { peer: &peer, presented: &presented, target }).expect_err("denied");
+    let refused = inbound(&snapshot, &Inbound { peer: &peer, presented: &presented, target, elsewhere: false })
+        .expect_err("denied");
     assert_eq!(refused.refusal, Refusal::Denied);
 }
 
@@ -223,7 +224,7 @@ fn inbound_streams() {
     let ask_as = |snapshot: &Snapshot, peer: &str, presented: &str, target: &str| {
         let (peer, presented) = (peer.parse().expect("an identity"), presented.parse().expect("an identity"));
         let target = target.parse().expect("a literal");
-        match inbound(snapshot, &Inbound { peer: &peer, presented: &presented, target }) {
+        match inbound(snapshot, &Inbound { peer: &peer, presented: &presented, target, elsewhere: false }) {
             Ok(plan) => format!("{} {} {}", plan.workload.task, plan.service.name, plan.to),
             Err(refused) => refused.refusal.label().to_owned(),
         }
@@ -236,7 +237,14 @@ fn inbound_streams() {
     let other = "unexpected_identity";
     assert_eq!(ask_as(&snapshot, web, cache, "10.90.1.10:32999"), other, "the address is another task's by now");
     assert_eq!(ask_as(&snapshot, web, "spiffe://a/ns/demo/sa/ecs-mesh-agent", "10.90.1.10:32999"), other);
-    assert_eq!(ask(&snapshot, web, "10.90.1.10:32999"), "db world 172.17.0.2:5432", "draining is no reason yet");
+    assert_eq!(ask(&snapshot, web, "10.90.1.10:32999"), "db world 172.17.0.2:5432", "draining, and all there is");
+    let (peer, presented) = (web.parse().expect("an identity"), world.parse().expect("an identity"));
+    let other = |target: &str| {
+        let target = target.parse().expect("a literal");
+        let ask = Inbound { peer: &peer, presented: &presented, target, elsewhere: true };
+        inbound(&snapshot, &ask).map(|plan| plan.to).map_err(|refused| refused.refusal)
+    };
+    assert_eq!(other("10.90.1.10:32999"), Err(Refusal::NotReady), "there is another");
     assert_eq!(ask(&snapshot, web, "[::ffff:172.17.0.2]:5432"), "db world 172.17.0.2:5432");
     assert_eq!(ask(&snapshot, web, "10.90.1.10:32768"), "c cache 172.17.0.3:6379");
     assert_eq!(ask(&snapshot, batch, "10.90.1.10:32768"), "denied");
@@ -358,7 +366,7 @@ proptest! {
         }
         let addresses: BTreeMap<_, _> = snapshot.by_address.iter().collect();
         let target = SocketAddr::from(**addresses.keys().nth(n.index(addresses.len())).expect("in range"));
-        match inbound(&snapshot, &Inbound { peer: &peer, presented: &presented, target }) {
+        match inbound(&snapshot, &Inbound { peer: &peer, presented: &presented, target, elsewhere: false }) {
             Ok(plan) => {
                 prop_assert_eq!(&presented, &plan.workload.identity, "who was promised is who answers");
                 let allowed = |service| snapshot.policy.decide(&peer, service).effect == Effect::Allow;

@@ -16,6 +16,7 @@ use mesh_agent::{
 use mesh_core::{
     config::{self, Config},
     merge::{self, Merged, Sources},
+    readiness::Gate,
     task::{Container, ContainerHealth, NetworkMode, Phase, Published, Task},
 };
 use mesh_tests::{
@@ -69,6 +70,7 @@ impl Host {
         let sources = Sources {
             sets: &[],
             tasks: Arc::new(tasks.to_vec()),
+            gate: &Gate::Open,
             enrol: &self.config.enrol,
             cluster: &"demo".parse().expect("valid"),
             trust_domain: &self.config.identity.trust_domain,
@@ -161,8 +163,14 @@ fn tasks_come_change_and_go() -> Result<()> {
     assert_eq!(service["Meta"]["ecs-mesh-agent"], "10.90.1.10:15008");
     assert_eq!(service["Meta"]["ecs-mesh-identity"], "spiffe://t/ns/demo/sa/world");
 
-    // Not ready, ready, and ill: what its check says.
+    // Not ready yet: nobody shall see it.
+    two.containers[0].health = Some(ContainerHealth::Starting);
+    host.show(&[one.clone(), two.clone()]);
+    std::thread::sleep(Duration::from_secs(1));
+    await_instances(&server, "world", &[ONE])?;
+    // Ready, ill, starting again: what its check says.
     for (health, status) in [
+        (ContainerHealth::Healthy, "passing"),
         (ContainerHealth::Starting, "critical"),
         (ContainerHealth::Healthy, "passing"),
         (ContainerHealth::Unhealthy, "critical"),

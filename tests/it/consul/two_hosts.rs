@@ -13,7 +13,7 @@ use mesh_tests::{
 use nix::sys::signal::Signal;
 
 /// Starts a Consul server on the first host, for both.
-fn consul(mesh: &Mesh) -> Result<(Process, String)> {
+pub(super) fn consul(mesh: &Mesh) -> Result<(Process, String)> {
     let host = mesh.host(0);
     host.install(&consul::program().map_err(anyhow::Error::msg)?, "consul")?;
     let (bind, url) = (format!("-bind={}", host.address()), format!("http://{}:8500", host.address()));

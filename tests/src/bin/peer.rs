@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use mesh_lab::{load, serve};
 use socket2::SockRef;
 
 const BLOCK: usize = 256 << 10;
@@ -29,17 +30,17 @@ fn main() -> ExitCode {
 
 fn act(words: &[&str]) -> io::Result<()> {
     match *words {
-        ["count", port] => serve(port, count),
-        ["flood", port] => serve(port, |mut stream| {
+        ["count", port] => listen(port, count),
+        ["flood", port] => listen(port, |mut stream| {
             loop {
                 stream.write_all(&[b'f'; BLOCK])?
             }
         }),
-        ["resets", port] => serve(port, |mut stream| stream.read(&mut [0; 1]).and_then(|_| reset(&stream))),
-        ["witness", port] => serve(port, witness),
-        ["greets", port] => serve(port, greet),
-        ["websocket", port] => serve(port, upgrade),
-        ["hangs", port] => serve(port, |stream| BufReader::new(stream).read_until(0, &mut Vec::new()).map(drop)),
+        ["resets", port] => listen(port, |mut stream| stream.read(&mut [0; 1]).and_then(|_| reset(&stream))),
+        ["witness", port] => listen(port, witness),
+        ["greets", port] => listen(port, greet),
+        ["websocket", port] => listen(port, upgrade),
+        ["hangs", port] => listen(port, |stream| BufReader::new(stream).read_until(0, &mut Vec::new()).map(drop)),
         ["send", to, bytes] => send(&mut dial(to)?, number(bytes)),
         ["pause", to, millis] => pause(&mut dial(to)?, Duration::from_millis(number(millis))),
         ["await-reset", to] => {
@@ -57,6 +58,12 @@ fn act(words: &[&str]) -> io::Result<()> {
         ["greeting", to] => greeting(to),
         ["talk", to, count] => talk(to, number(count)),
         ["get", to] => get(dial(to)?),
+        // What a rolling replacement is made of.
+        ["serve", port, answer, "abrupt"] => serve::serve(number(port) as u16, answer, serve::Manner::Abrupt),
+        ["load", to, rate, seconds] => {
+            say(&load::load(to, number(rate) as u32, Duration::from_secs(number(seconds)))?.report());
+            Ok(())
+        }
         ["get-mapped", address, port] => get(dial_mapped(address, port)?),
         _ => Err(io::Error::other(format!("no such role: {words:?}"))),
     }
@@ -71,7 +78,7 @@ fn number(text: &str) -> u64 {
     text.parse().unwrap_or_else(|error| panic!("{text:?} is no number: {error}"))
 }
 
-fn serve(port: &str, each: impl Fn(TcpStream) -> io::Result<()> + Copy + Send + 'static) -> io::Result<()> {
+fn listen(port: &str, each: impl Fn(TcpStream) -> io::Result<()> + Copy + Send + 'static) -> io::Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, number(port) as u16))?;
     for stream in listener.incoming() {
         let stream = stream?;

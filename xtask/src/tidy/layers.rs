@@ -21,6 +21,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     // Both serve sockets inside a task's namespace and ask where a flow was meant to go.
     ("proxy", &["sys::socket", "sys::netns", "sys::flows", "transport", "identity"]),
     ("dns", &["sys::socket", "sys::netns", "sys::flows"]),
+    // It asks the applications, by sockets made where they are.
+    ("readiness", &["proxy::places"]),
     // It performs actions, and what it arms are the servers of the layers below; what it observes reaches it by channel.
     ("reconciler", &["sys", "proxy", "dns", "transport", "identity"]),
     ("admin", &[]),

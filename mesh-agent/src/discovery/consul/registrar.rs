@@ -90,13 +90,13 @@ impl Registrar {
                     Ok(()) => {
                         failures = 0;
                         due += beat;
-                        self.well(desired.len());
+                        self.well(self.said.len());
                         last = Some(desired);
                     }
                     Err(trouble) => {
                         due += back_off(failures, fastrand::u32(..)).min(beat);
                         failures += 1;
-                        self.ill(desired.len(), &trouble);
+                        self.ill(self.said.len(), &trouble);
                         // Not to be tried again before it is due, unless something else is wanted then.
                         last = Some(desired);
                     }
@@ -125,6 +125,7 @@ impl Registrar {
         let owner = registration::owner(self.tunnel.ip());
         let observed = self.client.get(&list(&owner), None).await?;
         let observed = answer::registered(&observed.body)?;
+        let desired = &registration::due(desired, &observed, &owner);
         let mut first = Ok(());
         let mut note = |done: Result<(), Trouble>| {
             if first.is_ok() {

@@ -2,7 +2,10 @@
 //!
 //! Must not know which version of HTTP it speaks.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{
+    Arc, Mutex, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
 
 use http::{Method, Uri};
 use mesh_core::id::TaskId;
@@ -23,11 +26,22 @@ pub(super) struct Client {
     pub(super) route: Arc<Route>,
     /// By the task that answers.
     links: Mutex<Vec<(Option<TaskId>, Arc<Link>)>>,
+    /// The connection is to end after the requests that are on it.
+    leaving: AtomicBool,
 }
 
 impl Client {
     pub(super) fn new(route: Arc<Route>) -> Self {
-        Self { route, links: Mutex::default() }
+        Self { route, links: Mutex::default(), leaving: AtomicBool::new(false) }
+    }
+
+    /// The task that all requests of this connection go to is stopping.
+    pub(super) fn leave(&self) {
+        self.leaving.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Relaxed)
     }
 
     /// A record of one request.

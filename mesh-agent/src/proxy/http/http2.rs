@@ -61,7 +61,10 @@ pub(in crate::proxy) async fn serve(route: Arc<Route>, client: Wire, spare: Opti
             let mut requests = FuturesUnordered::new();
             let mut begin = |request, respond| exchange::answer(client.clone(), at_hand.clone(), request, respond);
             let ended = tokio::select! {
-                ended = poll_fn(|cx| poll(&mut connection, &mut requests, &mut begin, cx)) => Some(ended),
+                ended = poll_fn(|cx| match poll(&mut connection, &mut requests, &mut begin, cx) {
+                    Poll::Pending if client.is_leaving() => Poll::Ready(None),
+                    polled @ (Poll::Pending | Poll::Ready(_)) => polled.map(Some),
+                }) => ended,
                 // The sender lives in the proxy that we hold.
                 () = async { drop(drain.wait_for(|drain| *drain).await) } => None,
             };

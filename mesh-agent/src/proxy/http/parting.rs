@@ -6,6 +6,10 @@
 use std::{
     io::{self, IoSlice},
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -25,11 +29,25 @@ pub(super) struct Parting {
     shut: bool,
     /// Theirs has ended, in order or not.
     ended: bool,
+    /// Octets written.
+    written: Arc<AtomicU64>,
 }
 
 impl Parting {
     pub(super) fn new(wire: Wire) -> Self {
-        Self { wire: Some(wire), shut: false, ended: false }
+        Self { wire: Some(wire), shut: false, ended: false, written: Arc::default() }
+    }
+
+    /// How many octets were written to it, also when it is gone.
+    pub(super) fn written(&self) -> Arc<AtomicU64> {
+        self.written.clone()
+    }
+
+    fn count(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if let Poll::Ready(Ok(length)) = &written {
+            self.written.fetch_add(*length as u64, Ordering::Relaxed);
+        }
+        written
     }
 
     /// The wire, for another protocol.
@@ -71,7 +89,8 @@ impl AsyncRead for Parting {
 
 impl AsyncWrite for Parting {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        self.wire()?.poll_write(cx, buf)
+        let written = self.wire()?.poll_write(cx, buf);
+        self.count(written)
     }
 
     fn poll_write_vectored(
@@ -79,7 +98,8 @@ impl AsyncWrite for Parting {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.wire()?.poll_write_vectored(cx, bufs)
+        let written = self.wire()?.poll_write_vectored(cx, bufs);
+        self.count(written)
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -101,6 +101,7 @@ fn status(refusal: Refusal) -> StatusCode {
         | Refusal::NoIdentity
         | Refusal::OriginalLost
         | Refusal::Draining
+        | Refusal::NotReady
         | Refusal::TaskGone => StatusCode::SERVICE_UNAVAILABLE,
     }
 }

@@ -13,13 +13,13 @@ use crate::{
 };
 
 /// The agent in front of an application, and where it takes tunnels.
-struct Far {
-    agent: Agent,
-    tunnels: SocketAddr,
+pub(super) struct Far {
+    pub(super) agent: Agent,
+    pub(super) tunnels: SocketAddr,
     _drain: watch::Sender<bool>,
 }
 
-async fn far(identities: Identities, app: SocketAddr) -> Far {
+pub(super) async fn far(identities: Identities, app: SocketAddr) -> Far {
     let agent = Agent::with(identities);
     agent.publish(snapshot(Protocol::Auto, vec![local(app)]));
     let listener = Acceptor::new(TcpListener::bind("127.0.0.1:0").await.unwrap().into_std().unwrap()).unwrap();

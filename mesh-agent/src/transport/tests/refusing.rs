@@ -116,6 +116,7 @@ async fn foreign_listener() -> (TcpListener, To) {
         authority: "10.0.0.1:80".parse().unwrap(),
         from: id("web"),
         expect: id("world"),
+        elsewhere: false,
     };
     (listener, to)
 }

@@ -229,7 +229,13 @@ async fn draining_ends_in_time_whatever_the_streams_do() {
         },
         draining,
     ));
-    let to = To { agent: addr, authority: "10.0.0.1:80".parse().unwrap(), from: id("web"), expect: id("world") };
+    let to = To {
+        agent: addr,
+        authority: "10.0.0.1:80".parse().unwrap(),
+        from: id("web"),
+        expect: id("world"),
+        elsewhere: false,
+    };
     let mut open = soon(dialer(&identities).open(&to)).await.unwrap();
     drop(drain);
     soon(task).await.unwrap().unwrap();

@@ -4,9 +4,10 @@
 //! or breaks off: the record, the endpoint's load, the connection's way back into the pool. Must not know heads.
 
 use std::{
+    collections::VecDeque,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, ready},
@@ -26,12 +27,56 @@ use crate::{
     },
 };
 
+/// What a request's body may hold and still be sent again.
+const REPLAYED: usize = 64 << 10;
+
 /// A request's body.
 pub(super) struct Upload {
-    /// `None` for a request that is sent a second time: it had none.
+    /// `None` for a request that is sent a second time.
     body: Option<Incoming>,
+    /// What is sent a second time.
+    again: VecDeque<Bytes>,
+    sent: Arc<Sent>,
     counts: Arc<Counts>,
     broken: Arc<AtomicBool>,
+}
+
+/// What was sent of a body, as long as it can be sent again.
+#[derive(Default)]
+pub(super) struct Sent(Mutex<Kept>);
+
+#[derive(Default)]
+struct Kept {
+    chunks: VecDeque<Bytes>,
+    length: usize,
+    /// It is too long, or has trailers.
+    lost: bool,
+    /// There is no more.
+    whole: bool,
+}
+
+impl Sent {
+    fn note(&self, frame: Option<&Frame<Bytes>>, last: bool) {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match frame.map(Frame::data_ref) {
+            Some(Some(chunk)) if !kept.lost && kept.length + chunk.len() <= REPLAYED => {
+                kept.length += chunk.len();
+                kept.chunks.push_back(chunk.clone());
+            }
+            Some(_) => {
+                kept.lost = true;
+                kept.chunks.clear();
+            }
+            None => {}
+        }
+        kept.whole |= last;
+    }
+
+    /// The whole body once more, if all of it was sent and kept.
+    pub(super) fn again(self: &Arc<Self>) -> Option<Upload> {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        (kept.whole && !kept.lost).then(|| Upload { again: kept.chunks.clone(), sent: self.clone(), ..Upload::empty() })
+    }
 }
 
 /// An answer's body.
@@ -63,12 +108,25 @@ impl Upload {
     /// The body, and a flag that turns true when the client breaks off.
     pub(super) fn new(body: Incoming, counts: Arc<Counts>) -> (Self, Arc<AtomicBool>) {
         let broken = Arc::new(AtomicBool::new(false));
-        (Self { body: Some(body), counts, broken: broken.clone() }, broken)
+        let sent = Arc::new(Sent::default());
+        sent.note(None, body.is_end_stream());
+        (Self { body: Some(body), again: VecDeque::new(), sent, counts, broken: broken.clone() }, broken)
+    }
+
+    /// What is sent of it from now on.
+    pub(super) fn sent(&self) -> Arc<Sent> {
+        self.sent.clone()
     }
 
     /// No body.
     pub(super) fn empty() -> Self {
-        Self { body: None, counts: Arc::default(), broken: Arc::default() }
+        Self {
+            body: None,
+            again: VecDeque::new(),
+            sent: Arc::default(),
+            counts: Arc::default(),
+            broken: Arc::default(),
+        }
     }
 }
 
@@ -77,22 +135,30 @@ impl Body for Upload {
     type Error = hyper::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<hyper::Result<Frame<Bytes>>>> {
-        let Some(body) = &mut self.body else { return Poll::Ready(None) };
-        let frame = ready!(Pin::new(body).poll_frame(cx));
+        let Some(body) = &mut self.body else {
+            return Poll::Ready(self.again.pop_front().map(|chunk| Ok(Frame::data(chunk))));
+        };
+        let frame = ready!(Pin::new(&mut *body).poll_frame(cx));
+        let last = body.is_end_stream();
         match &frame {
-            Some(Ok(frame)) => self.counts.add_sent(frame.data_ref().map_or(0, Bytes::len)),
+            Some(Ok(frame)) => {
+                self.counts.add_sent(frame.data_ref().map_or(0, Bytes::len));
+                // Nobody asks for the end of a body whose length was told.
+                self.sent.note(Some(frame), last);
+            }
             Some(Err(_)) => self.broken.store(true, Ordering::Relaxed),
-            None => {}
+            None => self.sent.note(None, true),
         }
         Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.as_ref().is_none_or(Incoming::is_end_stream)
+        self.again.is_empty() && self.body.as_ref().is_none_or(Incoming::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.as_ref().map_or_else(|| SizeHint::with_exact(0), Incoming::size_hint)
+        let again = || SizeHint::with_exact(self.again.iter().map(|chunk| chunk.len() as u64).sum());
+        self.body.as_ref().map_or_else(again, Incoming::size_hint)
     }
 }
 

@@ -1,19 +1,22 @@
 //! One request and its answer: plan, connection, send, and another endpoint where that is safe.
 //!
-//! A request is sent again only when the server cannot have acted on it: no connection was made, the request never
-//! left us, or a pooled connection closed under a request without a body whose method is idempotent (RFC 9110 §9.2.2,
-//! RFC 9112 §9.3.1). Must not know how bodies are moved.
+//! A request is sent again only when the server cannot have acted on it, or when that does no harm: no connection was made,
+//! the request never left us, or the connection closed without an answer under a request without a body whose method is
+//! idempotent (RFC 9110 §9.2.2, RFC 9112 §9.3.1). The last happens when a server leaves: connections that it had not yet
+//! accepted end with its listener. On a new connection it is done once, because the request itself may be what the server
+//! does not survive. Any request is sent again when the other agent says that the application had closed the connection
+//! before it was given one octet of it. Must not know how bodies are moved.
 
 use std::sync::{Arc, atomic::Ordering};
 
-use http::{Method, StatusCode, Version, header, request};
+use http::{HeaderValue, Method, StatusCode, Version, header, request};
 use hyper::{
     Request, Response,
     body::{Body as _, Incoming},
     client::conn::TrySendError,
 };
 use mesh_common::refusal::Refusal;
-use mesh_core::plan::Plan;
+use mesh_core::{model::Health, plan::Plan};
 
 use super::{
     Answered, Connection,
@@ -46,6 +49,8 @@ struct Lease {
     in_flight: InFlight,
     /// It has carried requests before, and may have been closed meanwhile.
     used: bool,
+    /// The task is leaving, and the client has named it itself.
+    leaving: bool,
 }
 
 enum Failed {
@@ -75,7 +80,7 @@ pub(super) async fn answer(connection: Arc<Connection>, mut request: Request<Inc
     };
     client.link(&mut access);
     access.status = Some(response.status().as_u16());
-    let Lease { sender, slot, in_flight, used: _ } = lease;
+    let Lease { sender, slot, in_flight, used: _, leaving } = lease;
     if let Some(client_side) = client_side
         && agreed(&access, response.status())
     {
@@ -87,6 +92,10 @@ pub(super) async fn answer(connection: Arc<Connection>, mut request: Request<Inc
     // 426 names the protocol that the client should ask for.
     let proposes = head.status == StatusCode::UPGRADE_REQUIRED && hop::upgrades(&head.headers);
     hop::strip(&mut head.headers, proposes);
+    if leaving {
+        // Every request of this connection goes there: the client shall look for another.
+        head.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
     // hyper speaks to the client in the client's own version.
     head.version = Version::HTTP_11;
     let rest = Rest { proxy: client.route.proxy.clone(), access, in_flight, sender, slot };
@@ -139,9 +148,11 @@ async fn send(
     let proxy = &client.route.proxy;
     let repeatable = body.is_end_stream() && client::is_idempotent(&head.method);
     let (upload, broken) = Upload::new(body, access.counts.clone());
+    let sent = upload.sent();
     let mut request = Request::from_parts(head, upload);
     let mut attempts = Attempts::default();
     let mut fresh = false;
+    let mut lost = false;
     loop {
         let plan = attempts.plan(&client.route, access).map_err(Failed::Refused)?;
         let endpoint = plan.endpoint.clone();
@@ -152,9 +163,10 @@ async fn send(
                 continue;
             }
         };
-        let copy = (lease.used && repeatable).then(|| copy_of(&request));
+        let copy = (repeatable && !lost || lease.used && lease.sender.is_told()).then(|| copy_of(&request));
+        let position = lease.sender.position();
         let began = proxy.now();
-        let error = match lease.sender.try_send_request(request).await {
+        let error = match lease.sender.requests.try_send_request(request).await {
             Ok(response) => {
                 let now = proxy.now();
                 lease.in_flight.succeeded(now.saturating_sub(began), now);
@@ -170,10 +182,14 @@ async fn send(
         request = match (unsent(error), copy) {
             (Some(request), _) => request,
             (None, _) if broken.load(Ordering::Relaxed) => return Err(Failed::ClientGone),
-            (None, Some(copy)) => copy,
-            (None, None) => {
-                lease.in_flight.failed(proxy.now(), draw());
-                return Err(Failed::Refused(failure));
+            (None, Some(copy)) if repeatable => copy,
+            (None, copy) => {
+                let missed = copy.filter(|_| lease.sender.has_missed(position)).zip(sent.again());
+                let Some((copy, body)) = missed else {
+                    lease.in_flight.failed(proxy.now(), draw());
+                    return Err(Failed::Refused(failure));
+                };
+                copy.map(|_none| body)
             }
         };
         if lease.used {
@@ -181,6 +197,7 @@ async fn send(
             proxy.telemetry.metrics.retries.inc();
             fresh = true;
         } else {
+            lost = true;
             lease.in_flight.failed(proxy.now(), draw());
             attempts.failed(&client.route, &endpoint.id, failure).map_err(Failed::Refused)?;
         }
@@ -190,15 +207,16 @@ async fn send(
 /// A connection to the planned endpoint: an idle one, unless it has to be `fresh`, or a new one.
 async fn lease(client: &Client, plan: Plan, fresh: bool) -> Result<Lease, Refusal> {
     let route = &client.route;
+    let leaving = plan.endpoint.health == Health::Draining;
     let slot =
         Slot { endpoint: plan.endpoint.id, source: route.source.identity.clone(), delivery: plan.delivery.clone() };
     if !fresh && let Some(sender) = route.proxy.pool.take(&slot) {
         let in_flight = route.proxy.loads.start(&slot.endpoint);
-        return Ok(Lease { sender, slot, in_flight, used: true });
+        return Ok(Lease { sender, slot, in_flight, used: true, leaving });
     }
     let upstream = route.connect(plan).await?;
     match pool::handshake(upstream.wire).await {
-        Ok(sender) => Ok(Lease { sender, slot, in_flight: upstream.in_flight, used: false }),
+        Ok(sender) => Ok(Lease { sender, slot, in_flight: upstream.in_flight, used: false, leaving }),
         Err(_ended) => {
             upstream.in_flight.failed(route.proxy.now(), draw());
             Err(Refusal::UpstreamReset)

@@ -5,7 +5,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -14,11 +17,14 @@ use hyper_util::rt::TokioIo;
 use mesh_core::{id::SpiffeId, model::EndpointId, plan::Delivery};
 
 use super::answer::Upload;
-use crate::proxy::{
-    Proxy,
-    http::parting::Parting,
-    route::{Route, Upstream},
-    wire::{self, Wire},
+use crate::{
+    proxy::{
+        Proxy,
+        http::parting::Parting,
+        route::{Route, Upstream},
+        wire::{self, Wire},
+    },
+    transport::tunnel::UNTOLD,
 };
 
 /// Shorter than the keep-alive of every common server.
@@ -29,7 +35,32 @@ const MAX_IDLE: usize = 1024;
 const SHARDS: usize = 16;
 
 /// An upstream connection that takes a request now.
-pub(super) type Sender = SendRequest<Upload>;
+pub(super) struct Sender {
+    pub(super) requests: SendRequest<Upload>,
+    /// Octets written to it.
+    written: Arc<AtomicU64>,
+    /// Of these, how many the application had taken when it ended the connection in order; `None` where nobody will say.
+    taken: Option<Arc<AtomicU64>>,
+}
+
+impl Sender {
+    /// Where the next request begins in what is written.
+    pub(super) fn position(&self) -> u64 {
+        self.written.load(Ordering::Relaxed)
+    }
+
+    /// Whether somebody will say how much the application has taken.
+    pub(super) fn is_told(&self) -> bool {
+        self.taken.is_some()
+    }
+
+    /// Whether the application has ended the connection without having been given one octet from `position` on: it had done
+    /// so before, and the request has met its end on the way.
+    pub(super) fn has_missed(&self, position: u64) -> bool {
+        let taken = self.taken.as_ref().map(|taken| taken.load(Ordering::Relaxed));
+        taken.is_some_and(|taken| taken != UNTOLD && taken <= position)
+    }
+}
 
 /// Where a connection is put back.
 #[derive(Clone)]
@@ -61,7 +92,7 @@ impl Pool {
         let mut shard = self.shard(&slot.endpoint);
         let idle = shard.0.get_mut(&(slot.endpoint, slot.source.clone()))?;
         while let Some(Idle { sender, delivery, since }) = idle.pop() {
-            if sender.is_ready() && delivery == slot.delivery && since.elapsed() < IDLE {
+            if sender.requests.is_ready() && delivery == slot.delivery && since.elapsed() < IDLE {
                 return Some(sender);
             }
         }
@@ -80,9 +111,16 @@ impl Pool {
     pub(in crate::proxy) fn sweep(&self) {
         for shard in &self.shards {
             shard.lock().unwrap_or_else(PoisonError::into_inner).0.retain(|_, idle| {
-                idle.retain(|idle| idle.since.elapsed() < IDLE && !idle.sender.is_closed());
+                idle.retain(|idle| idle.since.elapsed() < IDLE && !idle.sender.requests.is_closed());
                 !idle.is_empty()
             });
+        }
+    }
+
+    /// Closes what leads to endpoints that are no longer chosen.
+    pub(in crate::proxy) fn retain(&self, chosen: impl Fn(&EndpointId) -> bool) {
+        for shard in &self.shards {
+            shard.lock().unwrap_or_else(PoisonError::into_inner).0.retain(|(endpoint, _), _| chosen(endpoint));
         }
     }
 
@@ -105,16 +143,16 @@ impl Pool {
 
 /// Puts a connection back when it is fit for another request; it may still have to finish an upload.
 pub(super) fn give_back(proxy: &Arc<Proxy>, slot: Slot, mut sender: Sender) {
-    if *proxy.drain.borrow() || sender.is_closed() {
+    if *proxy.drain.borrow() || sender.requests.is_closed() {
         return;
     }
-    if sender.is_ready() {
+    if sender.requests.is_ready() {
         proxy.pool.put(slot, sender);
         return;
     }
     let proxy = proxy.clone();
     tokio::spawn(async move {
-        if sender.ready().await.is_ok() {
+        if sender.requests.ready().await.is_ok() {
             proxy.pool.put(slot, sender);
         }
     });
@@ -125,9 +163,11 @@ pub(super) fn give_back(proxy: &Arc<Proxy>, slot: Slot, mut sender: Sender) {
 /// # Errors
 /// The connection ended at once.
 pub(super) async fn handshake(wire: Wire) -> hyper::Result<Sender> {
-    let gone = wire.gone.clone();
-    let (sender, connection) =
-        http1::Builder::new().preserve_header_case(true).handshake(TokioIo::new(Parting::new(wire))).await?;
+    let (gone, taken) = (wire.gone.clone(), wire.taken());
+    let parting = Parting::new(wire);
+    let written = parting.written();
+    let (requests, connection) =
+        http1::Builder::new().preserve_header_case(true).handshake(TokioIo::new(parting)).await?;
     tokio::spawn(async move {
         tokio::select! {
             ended = connection.with_upgrades() => {
@@ -138,7 +178,7 @@ pub(super) async fn handshake(wire: Wire) -> hyper::Result<Sender> {
             () = wire::gone(gone) => tracing::debug!("an upstream HTTP connection ended with its task"),
         }
     });
-    Ok(sender)
+    Ok(Sender { requests, written, taken })
 }
 
 /// Makes a connection that was opened ahead an idle one.

@@ -21,7 +21,7 @@ use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream, client::ResponseFuture, server::SendResponse};
 use http::{Method, Request, Response, Version, header, request};
 use mesh_common::refusal::Refusal;
-use mesh_core::plan::Plan;
+use mesh_core::{model::Health, plan::Plan};
 
 use super::{
     pool::{self, AtHand, Lease},
@@ -161,6 +161,10 @@ async fn send(
             Err(refusal) => return Err(Failed::Refused(refusal)),
         };
         let endpoint = plan.endpoint.clone();
+        if endpoint.health == Health::Draining {
+            // The client has named it itself, and shall look for another.
+            client.leave();
+        }
         let leased = match at_hand.lease(route, &plan) {
             Some(lease) if !fresh => Ok(lease),
             // Boxed, because it is rare and large.
@@ -222,7 +226,7 @@ async fn send(
             lease.give_up();
         }
         let unprocessed = error.is_remote() && (error.is_go_away() || error.reason() == Some(Reason::REFUSED_STREAM));
-        let harmless = lease.used && error.is_io() && bodiless && client::is_idempotent(&head.method);
+        let harmless = error.is_io() && bodiless && client::is_idempotent(&head.method);
         let sent = if unprocessed || harmless { replay.take() } else { None };
         let Some(sent) = sent else {
             return Err(failure(&error, &in_flight, proxy.now()));

@@ -125,6 +125,15 @@ impl Pool {
         });
     }
 
+    /// Closes what leads to endpoints that are no longer chosen; what carries a request closes after it.
+    pub(in crate::proxy) fn retain(&self, chosen: impl Fn(&EndpointId) -> bool) {
+        for (key, group) in self.groups().iter() {
+            if !chosen(&key.endpoint) {
+                group.open().clear();
+            }
+        }
+    }
+
     /// Closes everything; what carries a request closes after it.
     pub(in crate::proxy) fn clear(&self) {
         for (_, group) in self.groups().drain() {

@@ -1,0 +1,158 @@
+//! A small HTTP/1.1 server that leaves in the ways in which real ones do, and says when what happened. It runs inside
+//! tasks, as a role of the program that their image has.
+//!
+//! Lines on standard output are an event and the time of the machine's clock in nanoseconds: `began`, `listening`,
+//! `told`, `flipped`, and in the end `last`, the last request that came. It must not know who asks.
+
+use std::{
+    collections::HashMap,
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    net::{Ipv4Addr, Shutdown, TcpListener, TcpStream},
+    os::fd::AsRawFd as _,
+    sync::{
+        Arc, Condvar, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, SystemTime},
+};
+
+use nix::sys::{signal::SigSet, signal::Signal, socket};
+
+/// How the server takes SIGTERM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Manner {
+    /// Its listener and its idle connections close at once; what is under way is answered, and then it ends.
+    Abrupt,
+    /// It goes on as if nothing had happened, for so long.
+    Late(Duration),
+}
+
+/// A request for this path is answered 503 after SIGUSR1.
+pub const HEALTH: &str = "/healthz";
+/// An answer takes so long, so that some are always under way.
+const WORK: Duration = Duration::from_millis(5);
+/// What is under way must have ended within this.
+const PATIENCE: Duration = Duration::from_secs(8);
+
+/// The clock that all processes of the machine share.
+#[must_use]
+pub fn now() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[derive(Default)]
+struct Shared {
+    /// Connections that wait for a request.
+    idle: Mutex<HashMap<u64, TcpStream>>,
+    open: Mutex<usize>,
+    ended: Condvar,
+    leaving: AtomicBool,
+    ill: AtomicBool,
+    last: AtomicU64,
+}
+
+/// Serves `port` until SIGTERM, and then leaves. Every request but those for [`HEALTH`] is answered with `answer`.
+///
+/// # Errors
+/// The port cannot be had.
+pub fn serve(port: u16, answer: &str, manner: Manner) -> io::Result<()> {
+    say("began", now());
+    // In all threads, so that the first one hears of them.
+    let signals: SigSet = [Signal::SIGTERM, Signal::SIGUSR1].into_iter().collect();
+    signals.thread_block()?;
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))?;
+    say("listening", now());
+    let shared = Arc::new(Shared::default());
+    let (accepting, at, text) = (listener.try_clone()?, shared.clone(), answer.to_owned());
+    thread::spawn(move || {
+        for (number, stream) in (0..).zip(accepting.incoming()) {
+            // The listener has been closed.
+            let Ok(stream) = stream else { return };
+            *lock(&at.open) += 1;
+            let (shared, text) = (at.clone(), text.clone());
+            thread::spawn(move || {
+                // A client that breaks off is its own business.
+                converse(number, stream, &shared, &text).ok();
+                lock(&shared.idle).remove(&number);
+                *lock(&shared.open) -= 1;
+                shared.ended.notify_all();
+            });
+        }
+    });
+    while signals.wait()? != Signal::SIGTERM {
+        shared.ill.fetch_xor(true, Ordering::Relaxed);
+        say("flipped", now());
+    }
+    say("told", now());
+    if let Manner::Late(late) = manner {
+        thread::sleep(late);
+    }
+    shared.leaving.store(true, Ordering::SeqCst);
+    socket::shutdown(listener.as_raw_fd(), socket::Shutdown::Both)?;
+    drop(listener);
+    for (_, stream) in lock(&shared.idle).drain() {
+        // It may have ended by itself.
+        stream.shutdown(Shutdown::Both).ok();
+    }
+    let open = lock(&shared.open);
+    drop(shared.ended.wait_timeout_while(open, PATIENCE, |open| *open > 0));
+    say("last", shared.last.load(Ordering::Relaxed));
+    Ok(())
+}
+
+fn converse(number: u64, stream: TcpStream, shared: &Shared, answer: &str) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut writer = stream.try_clone()?;
+    loop {
+        {
+            let mut idle = lock(&shared.idle);
+            if shared.leaving.load(Ordering::SeqCst) {
+                return Ok(());
+            }
+            idle.insert(number, stream.try_clone()?);
+        }
+        let mut line = String::new();
+        if reader.read_line(&mut line)? == 0 {
+            return Ok(());
+        }
+        let at = now();
+        lock(&shared.idle).remove(&number);
+        let health = line.split(' ').nth(1) == Some(HEALTH);
+        let mut length = 0;
+        loop {
+            line.clear();
+            if reader.read_line(&mut line)? <= 2 {
+                break;
+            }
+            let field = line.to_ascii_lowercase();
+            if let Some(value) = field.strip_prefix("content-length:") {
+                length = value.trim().parse().unwrap_or(0);
+            }
+        }
+        io::copy(&mut (&mut reader).take(length), &mut io::sink())?;
+        let ill = health && shared.ill.load(Ordering::Relaxed);
+        if !health {
+            shared.last.fetch_max(at, Ordering::Relaxed);
+            thread::sleep(WORK);
+        }
+        let leaving = shared.leaving.load(Ordering::SeqCst);
+        let status = if ill { "503 Service Unavailable" } else { "200 OK" };
+        let close = if leaving { "Connection: close\r\n" } else { "" };
+        write!(writer, "HTTP/1.1 {status}\r\n{close}Content-Length: {}\r\n\r\n{answer}", answer.len())?;
+        if leaving {
+            return Ok(());
+        }
+    }
+}
+
+fn say(event: &str, at: u64) {
+    // Nobody listens: nobody misses it.
+    writeln!(io::stdout(), "{event} {at}").ok();
+}
+
+fn lock<T>(of: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
+}
