@@ -15,6 +15,7 @@ pub mod consul;
 pub mod dataplane;
 mod document;
 pub mod id;
+pub mod instance;
 pub mod merge;
 pub mod model;
 pub mod plan;
