@@ -13,8 +13,11 @@ use crate::{
     model::{OnAgentDeath, TlsMode},
 };
 
+pub mod aws;
 pub(crate) mod check;
+pub mod cloud_map;
 pub mod discovery;
+pub mod ecs;
 
 /// One thing wrong with a document, where, and what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

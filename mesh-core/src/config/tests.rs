@@ -50,6 +50,9 @@ fn the_example_shows_every_key() {
         "discovery.consul",
         "discovery.consul.tls",
         "discovery.consul.registration",
+        "discovery.ecs",
+        "discovery.cloud_map",
+        "discovery.cloud_map.registration",
         "admin",
         "log",
     ] {
