@@ -131,7 +131,7 @@ pub async fn run(
 
     // Who and where we are.
     let host = host::facts(&config).await?;
-    let config = Arc::new(host::name_after_datacenters(host::name_after_cluster(config, &host.cluster)));
+    let config = Arc::new(host::name_after_all(config, &host.cluster));
     let identities = Identities::open(&config.identity)?;
     let own = SpiffeId::new(&config.identity.trust_domain, &host.cluster, &OWN_SERVICE.parse::<ServiceName>()?)?;
     identities.leaf(&own)?;
@@ -313,6 +313,8 @@ fn backends(config: &Config) -> Vec<Backend> {
     let source = |name: &SourceName| match name {
         SourceName::File => config.services_file.as_ref().map(|path| Backend::StaticFile { path: path.clone() }),
         SourceName::Consul => config.discovery.consul.clone().map(|consul| Backend::Consul(Arc::new(consul))),
+        SourceName::Ecs => None,
+        SourceName::CloudMap => config.discovery.cloud_map.clone().map(|it| Backend::CloudMap(Arc::new(it))),
     };
     config.discovery.order.iter().filter_map(source).collect()
 }

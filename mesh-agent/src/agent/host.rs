@@ -8,7 +8,7 @@ use std::{
     path::PathBuf,
 };
 
-use mesh_core::{config::Config, id::ClusterName};
+use mesh_core::{cloud_map::known::namespace_label, config::Config, id::ClusterName};
 
 use crate::{
     sys::cgroup::{self, CgroupError},
@@ -41,8 +41,13 @@ pub enum HostError {
 /// Any address outside of this host and its networks (RFC 5737); nothing is sent to it.
 const SOMEWHERE: &str = "192.0.2.1:9";
 
+/// Every suffix that follows from where services are learnt.
+pub(super) fn name_after_all(config: Config, cluster: &ClusterName) -> Config {
+    name_after_namespaces(name_after_datacenters(name_after_cluster(config, cluster)))
+}
+
 /// Services are also known as `<service>.<cluster>`, the form that ECS Service Connect and Cloud Map gave them.
-pub(super) fn name_after_cluster(mut config: Config, cluster: &ClusterName) -> Config {
+fn name_after_cluster(mut config: Config, cluster: &ClusterName) -> Config {
     let suffix = cluster.as_str().to_ascii_lowercase();
     if !config.dns.suffixes.contains(&suffix) {
         config.dns.suffixes.push(suffix);
@@ -52,7 +57,7 @@ pub(super) fn name_after_cluster(mut config: Config, cluster: &ClusterName) -> C
 
 /// Consul's names with a datacenter in them: `world.service.dc1.consul`, for each suffix `service.…`. Those of the first
 /// datacenter are the bare names.
-pub(super) fn name_after_datacenters(mut config: Config) -> Config {
+fn name_after_datacenters(mut config: Config) -> Config {
     let Some(consul) = &config.discovery.consul else { return config };
     let domains: Vec<_> =
         config.dns.suffixes.iter().filter_map(|suffix| suffix.strip_prefix("service.")).map(str::to_owned).collect();
@@ -63,6 +68,26 @@ pub(super) fn name_after_datacenters(mut config: Config) -> Config {
                 0 => config.dns.suffixes.push(suffix),
                 _ => config.dns.datacenters.push((suffix, datacenter.clone())),
             }
+        }
+    }
+    config
+}
+
+/// Cloud Map's names: `world.my.demo`. Services of the first namespace are the bare names. A namespace that is no domain
+/// name is no suffix.
+fn name_after_namespaces(mut config: Config) -> Config {
+    let Some(cloud_map) = &config.discovery.cloud_map else { return config };
+    let label =
+        |label: &str| !label.is_empty() && label.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b));
+    for (place, namespace) in cloud_map.namespaces.iter().enumerate() {
+        let suffix = namespace.to_ascii_lowercase();
+        if config.dns.suffixes.contains(&suffix) || !suffix.split('.').all(label) {
+            continue;
+        }
+        match (place, namespace_label(namespace)) {
+            (0, _) => config.dns.suffixes.push(suffix),
+            (_, Some(label)) => config.dns.datacenters.push((suffix, label)),
+            (_, None) => {}
         }
     }
     config
