@@ -112,6 +112,14 @@ impl Trouble {
                 let meta = said.err().meta();
                 Self::said(action, status, meta.code(), meta.message())
             }
+            SdkError::ResponseError(odd) if !odd.raw().status().is_success() => {
+                // Not in the API's own words: a proxy, or something else on the way.
+                let status = odd.raw().status().as_u16();
+                let body = String::from_utf8_lossy(odd.raw().body().bytes().unwrap_or_default());
+                let body: String = body.chars().take(200).flat_map(char::escape_debug).collect();
+                let said = format!("status {status}: {body}");
+                if status == 403 { Self::Denied { action, said } } else { Self::Failed { action, said } }
+            }
             other @ (SdkError::ResponseError(_) | _) => Self::Malformed { action, source: other.into_source().ok() },
         }
     }

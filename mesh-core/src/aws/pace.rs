@@ -9,9 +9,9 @@ use std::time::Duration;
 use crate::consul::cursor::back_off;
 
 /// The slowest that throttling makes us: one question in so long.
-pub const SLOWEST: Duration = Duration::from_secs(20);
-/// With each answer a slowed pace gets faster by this part of itself: from one half back to the whole in about 45 answers.
-const RECOVERY: u32 = 64;
+pub const SLOWEST: Duration = Duration::from_secs(5);
+/// With each answer a slowed pace gets faster by this part of itself: from one half back to the whole in about 11 answers.
+const RECOVERY: u32 = 16;
 
 /// See the module's text. Moments are times since any fixed one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,29 +22,53 @@ pub struct Pace {
     gap: Duration,
     /// Questions that may follow each other at once after a pause.
     burst: u32,
-    /// When the bucket would be full again.
-    full: Duration,
-    /// Nothing is asked before.
+    /// Of these, how many may be asked, in millionths, at the moment `at`. Below nothing: more were asked than may be.
+    saved: i64,
+    at: Duration,
+    /// Nothing is asked before, and nothing is saved up until then.
     hold: Duration,
     failures: u32,
 }
+
+/// One question, in what is saved up.
+const ONE: i64 = 1_000_000;
 
 impl Pace {
     /// At most `rate` questions in a second, and `burst` of them at once.
     pub fn new(rate: u32, burst: u32) -> Self {
         let least = Duration::from_secs(1) / rate.max(1);
-        Self { least, gap: least, burst: burst.max(1), full: Duration::ZERO, hold: Duration::ZERO, failures: 0 }
+        let burst = burst.max(1);
+        Self {
+            least,
+            gap: least,
+            burst,
+            saved: i64::from(burst) * ONE,
+            at: Duration::ZERO,
+            hold: Duration::ZERO,
+            failures: 0,
+        }
+    }
+
+    fn saved(&self, now: Duration) -> i64 {
+        let span = now.saturating_sub(self.at.max(self.hold)).as_nanos();
+        let more = span * u128::from(ONE.unsigned_abs()) / self.gap.as_nanos().max(1);
+        let more = i64::try_from(more).unwrap_or(i64::MAX);
+        self.saved.saturating_add(more).min(i64::from(self.burst) * ONE)
     }
 
     /// When the next question may be asked; not after `now`: at once.
     pub fn next(&self, now: Duration) -> Duration {
-        let room = self.gap * (self.burst - 1);
-        self.hold.max(self.full.max(now).saturating_sub(room))
+        let from = now.max(self.hold);
+        let lacking = u128::from(ONE.saturating_sub(self.saved(from)).max(0).unsigned_abs());
+        // Rounded up: what is a little too early would be asked for again at once.
+        let wait = (lacking * self.gap.as_nanos()).div_ceil(u128::from(ONE.unsigned_abs()));
+        from + Duration::from_nanos(u64::try_from(wait).unwrap_or(u64::MAX))
     }
 
-    /// A question is asked.
+    /// A question is asked; of an answer with pages also those that were asked without asking here.
     pub fn take(&mut self, now: Duration) {
-        self.full = self.full.max(now) + self.gap;
+        self.saved = self.saved(now) - ONE;
+        self.at = self.at.max(now);
     }
 
     /// A question got its answer.
@@ -56,20 +80,22 @@ impl Pace {
     /// The API says that it is asked too often. Of several questions that were under way then, the first one counts.
     pub fn throttled(&mut self, now: Duration, draw: u32) {
         if now >= self.hold {
+            self.saved = self.saved(now);
+            self.at = self.at.max(now);
             self.gap = (self.gap * 2).min(SLOWEST.max(self.least));
         }
         self.failed(now, draw);
     }
 
-    /// Something is wrong that concerns every question: nothing is asked for a while.
+    /// Something is wrong that concerns every question: nothing is asked for a while, and then one question at first.
     pub fn failed(&mut self, now: Duration, draw: u32) {
         if now < self.hold {
             return;
         }
+        self.saved = self.saved(now).min(ONE);
+        self.at = self.at.max(now);
         self.hold = now + back_off(self.failures, draw);
         self.failures = self.failures.saturating_add(1);
-        // What was saved up is not spent all at once afterwards.
-        self.full = self.full.max(self.hold + self.gap * (self.burst - 1));
     }
 
     /// Questions in a second, now.

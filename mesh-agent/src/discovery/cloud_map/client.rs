@@ -68,13 +68,18 @@ impl Client {
         match asked {
             Asked::Names(namespace) => {
                 let mut questions = 0;
+                let known = self.ids().contains_key(namespace);
                 let id = self.id(config, *namespace, &mut questions).await?;
-                let names = self.services(&id, &mut questions).await;
-                if names.as_ref().is_err_and(Trouble::is_gone) {
-                    // It may have been made anew, with another id.
+                let mut names = self.services(&id, &mut questions).await?;
+                if names.is_empty() && known {
+                    // Or the namespace is gone, and perhaps made anew with another id: a filter says nothing of that.
                     self.ids().remove(namespace);
+                    let again = self.id(config, *namespace, &mut questions).await?;
+                    if again != id {
+                        names = self.services(&again, &mut questions).await?;
+                    }
                 }
-                Ok(Answer::Names { names: names?, questions })
+                Ok(Answer::Names { names, questions })
             }
             Asked::Service((namespace, name)) => {
                 let namespace = config.namespaces.get(*namespace).map(String::as_str).unwrap_or_default();
