@@ -6,6 +6,7 @@
 pub mod aws;
 pub mod cloud_map;
 pub mod consul;
+pub mod ecs;
 pub mod static_file;
 
 use std::{
@@ -21,6 +22,7 @@ use std::{
 
 use mesh_core::{
     config::{Fault, cloud_map::CloudMap, discovery as config},
+    id::ClusterName,
     services::ServiceSet,
 };
 use tokio::{
@@ -31,12 +33,14 @@ use tokio::{
 use crate::state::uses::Uses;
 
 /// A backend as configured. The order of backends is their precedence.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Backend {
     /// The file of services, endpoints and policy.
     StaticFile { path: PathBuf },
     /// A Consul agent.
     Consul(Arc<config::Consul>),
+    /// The ECS API.
+    Ecs(Arc<ecs::Source>),
     /// AWS Cloud Map.
     CloudMap(Arc<CloudMap>),
 }
@@ -144,6 +148,10 @@ pub fn run(backends: Vec<Backend>, uses: &Uses) -> Discovery {
                 let figures = collected.figures(source);
                 running.spawn(consul::run(consul, source, reports.clone(), figures, uses.listen()));
             }
+            Backend::Ecs(ecs) => {
+                let figures = collected.figures(source);
+                running.spawn(ecs::run(ecs, source, reports.clone(), figures));
+            }
             Backend::CloudMap(cloud_map) => {
                 let figures = collected.figures(source);
                 running.spawn(cloud_map::run(cloud_map, source, reports.clone(), figures, uses.listen()));
@@ -233,7 +241,7 @@ impl Backend {
     fn is_asked(&self) -> bool {
         match self {
             Self::StaticFile { .. } => false,
-            Self::Consul(_) | Self::CloudMap(_) => true,
+            Self::Consul(_) | Self::Ecs(_) | Self::CloudMap(_) => true,
         }
     }
 }
@@ -243,6 +251,10 @@ impl fmt::Display for Backend {
         match self {
             Self::StaticFile { path } => write!(f, "file {}", path.display()),
             Self::Consul(consul) => write!(f, "consul {}", consul.address),
+            Self::Ecs(ecs) => {
+                let clusters: Vec<&str> = ecs.clusters.iter().map(ClusterName::as_str).collect();
+                write!(f, "ecs {}", clusters.join(" "))
+            }
             Self::CloudMap(cloud_map) => write!(f, "cloud_map {}", cloud_map.namespaces.join(" ")),
         }
     }

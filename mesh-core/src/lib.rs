@@ -5,7 +5,7 @@
 //!
 //! Reading order: [`id`] and [`addr`] (names), [`model`] (the snapshot), [`plan`] (the heart: one connection or
 //! request in, one plan or numbered refusal out), then what it is made of: [`resolve`], [`policy`], [`balance`];
-//! where the snapshot comes from: [`config`], [`services`] (the static file), [`consul`], [`cloud_map`], [`task`], [`merge`], [`vip`]; and
+//! where the snapshot comes from: [`config`], [`services`] (the static file), [`consul`], [`cloud_map`], [`ecs`], [`task`], [`merge`], [`vip`]; and
 //! what follows from it: [`dataplane`] (the kernel's image), [`reconcile`] (namespaces to arm), [`rotate`].
 
 pub mod addr;
@@ -16,6 +16,7 @@ pub mod config;
 pub mod consul;
 pub mod dataplane;
 mod document;
+pub mod ecs;
 pub mod id;
 pub mod instance;
 pub mod merge;

@@ -8,7 +8,7 @@ use std::{
     path::PathBuf,
 };
 
-use mesh_core::{cloud_map::known::namespace_label, config::Config, id::ClusterName};
+use mesh_core::{cloud_map::known::namespace_label, config::Config, ecs::entries::cluster_label, id::ClusterName};
 
 use crate::{
     sys::cgroup::{self, CgroupError},
@@ -43,7 +43,7 @@ const SOMEWHERE: &str = "192.0.2.1:9";
 
 /// Every suffix that follows from where services are learnt.
 pub(super) fn name_after_all(config: Config, cluster: &ClusterName) -> Config {
-    name_after_namespaces(name_after_datacenters(name_after_cluster(config, cluster)))
+    name_after_namespaces(name_after_clusters(name_after_datacenters(name_after_cluster(config, cluster))))
 }
 
 /// Services are also known as `<service>.<cluster>`, the form that ECS Service Connect and Cloud Map gave them.
@@ -68,6 +68,17 @@ fn name_after_datacenters(mut config: Config) -> Config {
                 0 => config.dns.suffixes.push(suffix),
                 _ => config.dns.datacenters.push((suffix, datacenter.clone())),
             }
+        }
+    }
+    config
+}
+
+/// Names of services of further clusters: `world.<cluster>`.
+fn name_after_clusters(mut config: Config) -> Config {
+    let Some(ecs) = &config.discovery.ecs else { return config };
+    for cluster in ecs.clusters.iter().skip(1).map(cluster_label) {
+        if !config.dns.suffixes.contains(&cluster) {
+            config.dns.datacenters.push((cluster.clone(), cluster));
         }
     }
     config

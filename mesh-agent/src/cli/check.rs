@@ -8,12 +8,15 @@ use std::{
     sync::Arc,
 };
 
-use mesh_core::config::{Config, discovery};
+use mesh_core::{
+    config::{Config, discovery, ecs::Ecs},
+    id::ClusterName,
+};
 
 use super::{Out, Outcome, config, table::table};
 use crate::{
     api,
-    discovery::{cloud_map, consul},
+    discovery::{cloud_map, consul, ecs},
     sys::probe::{self, Finding, Settings},
 };
 
@@ -39,6 +42,10 @@ pub fn run(args: &Args, out: &mut Out) -> anyhow::Result<Outcome> {
             findings.push(Finding::ok("configuration", file.display().to_string()));
             findings.extend(config.services_file.as_deref().map(services_file));
             findings.extend(config.discovery.consul.clone().map(consul));
+            findings.extend(config.discovery.ecs.as_ref().map(|it| {
+                let clusters = clusters(&config, it);
+                asked("ECS", ecs::check::check(it, &clusters))
+            }));
             findings
                 .extend(config.discovery.cloud_map.as_ref().map(|it| asked("Cloud Map", cloud_map::check::check(it))));
             settings(&config)
@@ -90,6 +97,12 @@ fn services_file(file: &Path) -> Finding {
         ),
         Err(error) => Finding::fail(name, format!("cannot read {}: {error}", file.display()), "correct its mode"),
     }
+}
+
+/// The clusters that the agent would ask for, as far as the configuration tells.
+fn clusters(config: &Config, ecs: &Ecs) -> Vec<ClusterName> {
+    let own = config.host.cluster.clone().or_else(|| "default".parse().ok());
+    if ecs.clusters.is_empty() { own.into_iter().collect() } else { ecs.clusters.clone() }
 }
 
 /// Asks Consul as the agent would.

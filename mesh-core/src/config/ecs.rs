@@ -25,8 +25,6 @@ pub struct Ecs {
     pub slow_interval: Duration,
     /// Most questions in a second.
     pub rate: u32,
-    /// Whether the agent tells ECS that this container instance has one.
-    pub announce: bool,
 }
 
 impl Ecs {
@@ -55,7 +53,6 @@ pub(super) fn ecs(s: &mut Section<'_>, configured: bool) -> Option<Ecs> {
         interval: s.duration("interval", second, hour).unwrap_or(10 * second),
         slow_interval: s.duration("slow_interval", second, hour).unwrap_or(60 * second),
         rate: s.number("rate", 1, 20).unwrap_or(1),
-        announce: s.boolean("announce").unwrap_or(false),
     };
     if ecs.slow_interval < ecs.interval {
         s.fault("slow_interval", "is shorter than `interval`", "make it at least as long");
@@ -77,7 +74,7 @@ pub(crate) mod tests {
     fn a_section_is_enough() {
         assert_eq!(parse("").expect("parses").ecs, None);
         let found = ecs("");
-        assert!(found.clusters.is_empty() && !found.announce && found.wants("any"));
+        assert!(found.clusters.is_empty() && found.wants("any"));
         assert!(!ecs("prefixes = [\"a\"]").wants("b") && !ecs("exclude = [\"b\"]").wants("b"));
     }
 
