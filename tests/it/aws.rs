@@ -2,5 +2,7 @@
 
 mod cloud_map;
 mod cloud_map_faults;
+mod ecs;
+mod ecs_faults;
 mod running;
 mod sdk;

@@ -56,6 +56,7 @@ pub fn python() -> Result<Command> {
 pub enum Api {
     CloudMap,
     Ecs,
+    Ec2,
     Iam,
 }
 
@@ -64,7 +65,7 @@ impl Api {
         match self {
             Self::CloudMap => format!("Route53AutoNaming_v20170314.{action}"),
             Self::Ecs => format!("AmazonEC2ContainerServiceV20141113.{action}"),
-            Self::Iam => action.to_owned(),
+            Self::Ec2 | Self::Iam => action.to_owned(),
         }
     }
 
@@ -73,6 +74,7 @@ impl Api {
         match self {
             Self::CloudMap => "servicediscovery",
             Self::Ecs => "ecs",
+            Self::Ec2 => "ec2",
             Self::Iam => "iam",
         }
     }
@@ -216,6 +218,19 @@ impl Moto {
         let (status, said) = http(self.port, "POST", "/", &headers, parameters)?;
         ensure!(status == 200, "{parameters}: {status} {said}");
         Ok(said)
+    }
+
+    /// From now on ECS tasks stay in the state they are in, where moto would let each question move them on.
+    ///
+    /// # Errors
+    /// Moto refuses.
+    pub fn hold_tasks(&self) -> Result<()> {
+        let body = json!({ "model_name": "ecs::task", "transition": { "progression": "time", "seconds": 86400 } });
+        let json = [("Content-Type", "application/json")];
+        let (status, said) =
+            http(self.port, "POST", "/moto-api/state-manager/set-transition", &json, &body.to_string())?;
+        ensure!(status < 300, "{status} {said}");
+        Ok(())
     }
 
     /// Makes a Cloud Map namespace; returns its id.

@@ -136,7 +136,7 @@ fn throttling_is_answered_by_asking_less() -> Result<()> {
 }
 
 #[test]
-fn the_rate_is_kept_with_many_services_and_those_in_use_come_first() -> Result<()> {
+fn the_rate_is_kept_with_many_services() -> Result<()> {
     if !require(Tier::Aws) {
         return Ok(());
     }
@@ -160,6 +160,27 @@ fn the_rate_is_kept_with_many_services_and_those_in_use_come_first() -> Result<(
         // A burst of the rate, and the rate; a question that was asked late because the machine is busy counts later.
         ensure!(within <= 20 + 20 + 4, "{within} questions in a second");
     }
+    double.judge()
+}
+
+#[test]
+fn what_tasks_use_is_asked_for_often() -> Result<()> {
+    if !require(Tier::Aws) {
+        return Ok(());
+    }
+    let double = Double::start(Api::CloudMap, |action, request| match action {
+        "ListServices" => services(["idle", "used"]),
+        _ => usual(action, request),
+    })?;
+    let running = Running::cloud_map(&double.address(), &format!("{NAMESPACE}idle_interval = \"1h\""))?;
+    running.await_seen(&[("idle", &["80 10.0.0.1:80"]), ("used", &["80 10.0.0.1:80"])])?;
+    running.uses.note(&"used".parse()?);
+    let asked = |name: &str| double.asked().iter().filter(|it| text(&it.body, "ServiceName") == name).count();
+    until(LIMIT, "it is asked for again and again", || {
+        let times = asked("used");
+        Ok(if times >= 4 { Ok(()) } else { Err(times) })
+    })?;
+    ensure!(asked("idle") == 1, "{}", asked("idle"));
     double.judge()
 }
 

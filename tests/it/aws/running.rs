@@ -8,10 +8,10 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use mesh_agent::{
-    discovery::{self, Backend, Discovery, Figures},
+    discovery::{self, Backend, Discovery, Figures, ecs::Source},
     state::uses::Uses,
 };
-use mesh_core::{config, services::ServiceSet};
+use mesh_core::{config, ecs::entries::Mesh, services::ServiceSet};
 use mesh_tests::{aws::REGION, until::until};
 use tokio::runtime::Runtime;
 
@@ -28,12 +28,30 @@ pub(super) const REQUIRED: &str = "[identity]\ntrust_domain = \"t\"\nca_bundle =
 impl Running {
     /// With a section `[discovery.cloud_map]` of these lines.
     pub(super) fn cloud_map(address: &str, more: &str) -> Result<Self> {
+        let idle = if more.contains("idle_interval") { "" } else { "idle_interval = \"1s\"\n" };
         let text = format!(
             "{REQUIRED}[discovery.cloud_map]\nregion = \"{REGION}\"\nendpoint = \"{address}\"\n\
-             interval = \"1s\"\nidle_interval = \"1s\"\nlist_interval = \"1s\"\n{more}\n"
+             interval = \"1s\"\nlist_interval = \"1s\"\n{idle}{more}\n"
         );
         let config = config::parse(&text).map_err(|faults| anyhow::anyhow!("{faults:?}"))?;
         Self::start(Backend::CloudMap(Arc::new(config.discovery.cloud_map.context("configured")?)))
+    }
+
+    /// With a section `[discovery.ecs]` of these lines, on a host of the cluster `demo`.
+    pub(super) fn ecs(address: &str, more: &str) -> Result<Self> {
+        let text = format!(
+            "{REQUIRED}[discovery.ecs]\nregion = \"{REGION}\"\nendpoint = \"{address}\"\n\
+             interval = \"1s\"\nslow_interval = \"2s\"\nrate = 20\n{more}\n"
+        );
+        let config = config::parse(&text).map_err(|faults| anyhow::anyhow!("{faults:?}"))?;
+        let mesh = Mesh {
+            trust_domain: config.identity.trust_domain,
+            enrol: config.enrol,
+            suffixes: vec!["mesh".into(), "my.demo".into()],
+        };
+        let ecs = config.discovery.ecs.context("configured")?;
+        let clusters = if ecs.clusters.is_empty() { vec!["demo".parse()?] } else { ecs.clusters.clone() };
+        Self::start(Backend::Ecs(Arc::new(Source { config: ecs, clusters, mesh })))
     }
 
     pub(super) fn start(backend: Backend) -> Result<Self> {

@@ -132,7 +132,7 @@ fn in_the_mesh_or_not_is_known() {
         let labels = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         cluster(Definition { labels, ..definition("world", NetworkMode::Host, &[80]) }, vec![task(1, "d")])
     };
-    assert_eq!(show(&host(&[])), [meshed.clone()]);
+    assert_eq!(show(&host(&[])), [meshed]);
     assert_eq!(show(&host(&[("ecs-mesh.enabled", "false")])), [plain]);
     let mut without = host(&[]);
     without.instances.values_mut().for_each(|it| drop(it.attributes.remove(attribute::TUNNEL_PORT)));
