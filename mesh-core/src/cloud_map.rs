@@ -1,4 +1,4 @@
-//! What Cloud Map's answers mean to the mesh, and what the mesh wants Cloud Map to know.
+//! What Cloud Map's answers mean to the mesh.
 //!
 //! [`entries`] makes services of instances, [`known`] is everything learnt so far. Must not know the SDK, nor when
 //! anything is asked.

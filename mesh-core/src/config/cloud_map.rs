@@ -28,8 +28,6 @@ pub struct CloudMap {
     pub list_interval: Duration,
     /// Most questions in a second.
     pub rate: u32,
-    /// `None`: tasks of this host are not registered.
-    pub registration: Option<Registration>,
 }
 
 /// Which instances may be chosen.
@@ -39,12 +37,6 @@ pub enum Health {
     Healthy,
     /// The same, and all where every one is said to be ill.
     HealthyOrElseAll,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Registration {
-    /// How often what is registered is compared with what should be.
-    pub interval: Duration,
 }
 
 impl CloudMap {
@@ -86,7 +78,6 @@ pub(super) fn cloud_map(s: &mut Section<'_>, configured: bool) -> Option<CloudMa
         intervals,
         list_interval: s.duration("list_interval", second, HOUR).unwrap_or(30 * second),
         rate: s.number("rate", 1, 500).unwrap_or(10),
-        registration: s.section("registration", registration),
     };
     enabled.then_some(cloud_map)
 }
@@ -97,13 +88,6 @@ fn namespace(text: &str) -> Result<String, (String, String)> {
     } else {
         Err((format!("`{}` is no namespace", text.escape_debug()), "write its name, such as `my.demo`".into()))
     }
-}
-
-fn registration(s: &mut Section<'_>) -> Option<Registration> {
-    let enabled = s.boolean("enabled").unwrap_or(false);
-    let minute = Duration::from_secs(60);
-    let registration = Registration { interval: s.duration("interval", minute / 60, HOUR).unwrap_or(minute) };
-    enabled.then_some(registration)
 }
 
 #[cfg(test)]
@@ -129,8 +113,7 @@ pub(crate) mod tests {
     fn a_namespace_is_enough() {
         assert_eq!(parse("").expect("parses").cloud_map, None);
         let found = cloud_map("");
-        assert_eq!((found.namespaces, found.rate, found.registration), (vec!["my.demo".to_owned()], 10, None));
-        assert!(cloud_map("[discovery.cloud_map.registration]\nenabled = true").registration.is_some());
+        assert_eq!((found.namespaces, found.rate), (vec!["my.demo".to_owned()], 10));
     }
 
     #[test]
