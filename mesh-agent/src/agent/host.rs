@@ -149,3 +149,20 @@ fn resolvers() -> Vec<SocketAddr> {
     let Ok(parsed) = resolv_conf::Config::parse(text) else { return Vec::new() };
     parsed.nameservers.iter().map(|server| SocketAddr::new(server.into(), 53)).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_follow_from_where_services_are_learnt() {
+        let text = "[identity]\ntrust_domain = \"t\"\nca_bundle = \"/x\"\njoin_token_file = \"/x\"\n\
+                    [discovery.cloud_map]\nnamespaces = [\"My.demo\", \"other.demo\", \"a/name\"]\n\
+                    [discovery.ecs]\nclusters = [\"Demo\", \"Far_one\"]\n";
+        let config = mesh_core::config::parse(&text).expect("parses");
+        let named = name_after_all(config, &"Demo".parse().expect("valid"));
+        assert_eq!(named.dns.suffixes, ["mesh", "service.consul", "demo", "my.demo"]);
+        let expected = [("far_one", "far_one"), ("other.demo", "other-demo")];
+        assert_eq!(named.dns.datacenters, expected.map(|(suffix, label)| (suffix.to_owned(), label.to_owned())));
+    }
+}
