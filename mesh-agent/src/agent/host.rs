@@ -159,7 +159,7 @@ mod tests {
         let text = "[identity]\ntrust_domain = \"t\"\nca_bundle = \"/x\"\njoin_token_file = \"/x\"\n\
                     [discovery.cloud_map]\nnamespaces = [\"My.demo\", \"other.demo\", \"a/name\"]\n\
                     [discovery.ecs]\nclusters = [\"Demo\", \"Far_one\"]\n";
-        let config = mesh_core::config::parse(&text).expect("parses");
+        let config = mesh_core::config::parse(text).expect("parses");
         let named = name_after_all(config, &"Demo".parse().expect("valid"));
         assert_eq!(named.dns.suffixes, ["mesh", "service.consul", "demo", "my.demo"]);
         let expected = [("far_one", "far_one"), ("other.demo", "other-demo")];

@@ -45,6 +45,11 @@ fn health_attributes_and_removal_arrive() -> Result<()> {
     let other = [other[0].as_str(), other[1].as_str()];
     running.await_seen(&[("server", &[one, other[0], other[1]])])?;
 
+    let served = running.resolved("Server.my.demo.")?;
+    let expected =
+        ["80 Auto 10.1.1.1:32768 10.1.1.2:8080 by 10.1.1.2:15008", "8080 Auto 10.1.1.2:8080 by 10.1.1.2:15008"];
+    ensure!(served == expected, "{served:?}");
+
     // The revision does not move, and yet it is seen.
     let before = revision(&moto, "server")?;
     let mut flips = Vec::new();

@@ -121,6 +121,10 @@ fn host_ports_names_of_service_connect_and_deployments_arrive() -> Result<()> {
         ensure!(meta["color"] == color && meta["ecs-instance"] == "i-1", "{meta:?}");
     }
 
+    let by = "10.1.1.1:32769 by 10.1.1.1:15008 10.1.1.1:32770 by 10.1.1.1:15008";
+    let served = running.resolved("server.my.demo")?;
+    ensure!(served == [format!("80 Grpc {by}")], "{served:?}");
+
     // Told to stop, it is still described for a while, and still runs.
     let began = Instant::now();
     double.change(|action, request| match action {

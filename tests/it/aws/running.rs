@@ -6,12 +6,19 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use mesh_agent::{
     discovery::{self, Backend, Discovery, Figures, ecs::Source},
     state::uses::Uses,
 };
-use mesh_core::{config, ecs::entries::Mesh, services::ServiceSet};
+use mesh_core::{
+    config,
+    ecs::entries::Mesh,
+    merge::{self, Merged, Sources},
+    model::{Reach, ServicePort},
+    resolve::{self, Answer, Naming, Question},
+    services::ServiceSet,
+};
 use mesh_tests::{aws::REGION, until::until};
 use tokio::runtime::Runtime;
 
@@ -85,6 +92,39 @@ impl Running {
             let seen = self.seen();
             Ok(if seen == expected { Ok(()) } else { Err(format!("{seen:?}; {:?}", self.error())) })
         })
+    }
+
+    /// What a task of another host is told by DNS, and who serves each port then: `port protocol endpoint…`, with the
+    /// tunnel that leads there.
+    pub(super) fn resolved(&self, name: &str) -> Result<Vec<String>> {
+        let config = config::parse(REQUIRED).map_err(|faults| anyhow::anyhow!("{faults:?}"))?;
+        let sources = Sources {
+            sets: &[self.set()],
+            tasks: Arc::default(),
+            enrol: &config.enrol,
+            cluster: &"demo".parse()?,
+            trust_domain: &config.identity.trust_domain,
+            host: [10, 1, 1, 99].into(),
+            tunnel: ([10, 1, 1, 99], 15008).into(),
+            zone: None,
+            vips: &config.vip,
+        };
+        let snapshot = merge::merge(&Merged::default(), &sources).snapshot;
+        let suffixes = ["mesh".to_owned(), "my.demo".to_owned()];
+        let naming = Naming { suffixes: &suffixes, datacenters: &[], ttl: Duration::from_secs(5), ipv6: false };
+        let Answer::Addresses { addresses, .. } = resolve::answer(&snapshot, &naming, name, Question::A) else {
+            bail!("{name} has no address")
+        };
+        let service = addresses.first().and_then(|ip| snapshot.service_at(*ip)).context("a virtual address")?;
+        let endpoint = |it: &Arc<mesh_core::model::Endpoint>| match &it.reach {
+            Reach::Tunnel { agent } => format!("{} by {agent}", it.addr),
+            Reach::Local { .. } | Reach::Plaintext => it.addr.to_string(),
+        };
+        let port = |port: &ServicePort| {
+            let endpoints: Vec<_> = port.endpoints.iter().map(endpoint).collect();
+            format!("{} {:?} {}", port.port, port.protocol, endpoints.join(" "))
+        };
+        Ok(service.ports.iter().map(port).collect())
     }
 
     pub(super) fn error(&self) -> Option<String> {
