@@ -25,8 +25,9 @@ use std::{
 use ipnet::{Ipv4Net, Ipv6Net};
 use mesh_common::maps::{Knobs, knobs};
 use mesh_core::{
-    config::{Config, discovery::SourceName},
-    id::{InvalidName, ServiceName, SpiffeId, TaskId},
+    config::{Config, discovery::SourceName, ecs::Ecs},
+    ecs::entries::Mesh,
+    id::{ClusterName, InvalidName, ServiceName, SpiffeId, TaskId},
     merge::Merged,
     readiness::Gate,
     task::Task,
@@ -41,6 +42,7 @@ use crate::{
     discovery::{
         self, Backend,
         consul::{SetUpError, registrar::Registrar},
+        ecs,
     },
     dns::DnsCounters,
     identity::{Identities, IdentityError},
@@ -135,7 +137,7 @@ pub async fn run(
 
     // Who and where we are.
     let host = host::facts(&config).await?;
-    let config = host::name_after_datacenters(host::name_after_cluster(config, &host.cluster));
+    let config = host::name_after_all(config, &host.cluster);
     let config = Arc::new(host::search_as_the_host(config, &host.search));
     let identities = Identities::open(&config.identity)?;
     let own = SpiffeId::new(&config.identity.trust_domain, &host.cluster, &OWN_SERVICE.parse::<ServiceName>()?)?;
@@ -147,7 +149,7 @@ pub async fn run(
 
     // What is known, and who tells it.
     let (publisher, published) = state::publish();
-    let discovery = discovery::run(backends(&config), &published.uses);
+    let discovery = discovery::run(backends(&config, &host.cluster), &published.uses);
     let observer = tasks::observe(tasks::Settings {
         socket: config.docker.socket.clone(),
         cgroup_root: Some(host.cgroup_root.clone()),
@@ -326,12 +328,24 @@ fn workers(
     })
 }
 
-fn backends(config: &Config) -> Vec<Backend> {
+fn backends(config: &Config, cluster: &ClusterName) -> Vec<Backend> {
     let source = |name: &SourceName| match name {
         SourceName::File => config.services_file.as_ref().map(|path| Backend::StaticFile { path: path.clone() }),
         SourceName::Consul => config.discovery.consul.clone().map(|consul| Backend::Consul(Arc::new(consul))),
+        SourceName::Ecs => config.discovery.ecs.clone().map(|it| Backend::Ecs(Arc::new(ecs(config, it, cluster)))),
+        SourceName::CloudMap => config.discovery.cloud_map.clone().map(|it| Backend::CloudMap(Arc::new(it))),
     };
     config.discovery.order.iter().filter_map(source).collect()
+}
+
+fn ecs(config: &Config, ecs: Ecs, own: &ClusterName) -> ecs::Source {
+    let clusters = if ecs.clusters.is_empty() { vec![own.clone()] } else { ecs.clusters.clone() };
+    let mesh = Mesh {
+        trust_domain: config.identity.trust_domain.clone(),
+        enrol: config.enrol.clone(),
+        suffixes: config.dns.suffixes.clone(),
+    };
+    ecs::Source { config: ecs, clusters, mesh }
 }
 
 fn registrar(config: &Config, host: IpAddr) -> Result<Option<Registrar>, AgentError> {

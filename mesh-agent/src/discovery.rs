@@ -3,7 +3,10 @@
 //! The seam for registries: a backend is a task that sends [`Report`]s on one channel. Sets are not merged here (that
 //! is `mesh-core::merge`). Must not know what a set is used for.
 
+pub mod aws;
+pub mod cloud_map;
 pub mod consul;
+pub mod ecs;
 pub mod static_file;
 
 use std::{
@@ -18,7 +21,8 @@ use std::{
 };
 
 use mesh_core::{
-    config::{Fault, discovery as config},
+    config::{Fault, cloud_map::CloudMap, discovery as config},
+    id::ClusterName,
     services::ServiceSet,
 };
 use tokio::{
@@ -29,12 +33,16 @@ use tokio::{
 use crate::state::uses::Uses;
 
 /// A backend as configured. The order of backends is their precedence.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Backend {
     /// The file of services, endpoints and policy.
     StaticFile { path: PathBuf },
     /// A Consul agent.
     Consul(Arc<config::Consul>),
+    /// The ECS API.
+    Ecs(Arc<ecs::Source>),
+    /// AWS Cloud Map.
+    CloudMap(Arc<CloudMap>),
 }
 
 /// Names a backend: its place in the order of precedence, from 0.
@@ -63,6 +71,8 @@ pub enum SourceError {
     Consul { what: String, source: consul::Trouble },
     #[error("Consul cannot be asked")]
     ConsulSetUp(#[source] consul::SetUpError),
+    #[error("{what} cannot be had, what was learnt last stays in use")]
+    Aws { what: String, source: aws::Trouble },
 }
 
 /// What a backend that asks over the network counts.
@@ -138,6 +148,14 @@ pub fn run(backends: Vec<Backend>, uses: &Uses) -> Discovery {
                 let figures = collected.figures(source);
                 running.spawn(consul::run(consul, source, reports.clone(), figures, uses.listen()));
             }
+            Backend::Ecs(ecs) => {
+                let figures = collected.figures(source);
+                running.spawn(ecs::run(ecs, source, reports.clone(), figures));
+            }
+            Backend::CloudMap(cloud_map) => {
+                let figures = collected.figures(source);
+                running.spawn(cloud_map::run(cloud_map, source, reports.clone(), figures, uses.listen()));
+            }
         }
     }
     drop(reports);
@@ -169,7 +187,7 @@ impl Collected {
                 backend: backend.clone(),
                 loaded_at: None,
                 error: None,
-                figures: matches!(backend, Backend::Consul(_)).then(Arc::default),
+                figures: backend.is_asked().then(Arc::default),
             })
             .collect();
         let by_source = (0..backends.len()).map(|place| (SourceId(place), ServiceSet::default())).collect();
@@ -218,11 +236,26 @@ impl Collected {
     }
 }
 
+impl Backend {
+    /// Whether it is asked over the network.
+    fn is_asked(&self) -> bool {
+        match self {
+            Self::StaticFile { .. } => false,
+            Self::Consul(_) | Self::Ecs(_) | Self::CloudMap(_) => true,
+        }
+    }
+}
+
 impl fmt::Display for Backend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::StaticFile { path } => write!(f, "file {}", path.display()),
             Self::Consul(consul) => write!(f, "consul {}", consul.address),
+            Self::Ecs(ecs) => {
+                let clusters: Vec<&str> = ecs.clusters.iter().map(ClusterName::as_str).collect();
+                write!(f, "ecs {}", clusters.join(" "))
+            }
+            Self::CloudMap(cloud_map) => write!(f, "cloud_map {}", cloud_map.namespaces.join(" ")),
         }
     }
 }

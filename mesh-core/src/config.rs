@@ -14,8 +14,11 @@ use crate::{
     readiness::Readiness,
 };
 
+pub mod aws;
 pub(crate) mod check;
+pub mod cloud_map;
 pub mod discovery;
+pub mod ecs;
 
 /// One thing wrong with a document, where, and what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

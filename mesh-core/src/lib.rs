@@ -5,16 +5,21 @@
 //!
 //! Reading order: [`id`] and [`addr`] (names), [`model`] (the snapshot), [`plan`] (the heart: one connection or
 //! request in, one plan or numbered refusal out), then what it is made of: [`resolve`], [`policy`], [`balance`];
-//! where the snapshot comes from: [`config`], [`services`] (the static file), [`consul`], [`task`], [`readiness`], [`merge`], [`vip`]; and
+//! where the snapshot comes from: [`config`], [`services`] (the static file), [`consul`], [`cloud_map`], [`ecs`], [`task`],
+//! [`readiness`], [`merge`], [`vip`]; and
 //! what follows from it: [`dataplane`] (the kernel's image), [`reconcile`] (namespaces to arm), [`rotate`].
 
 pub mod addr;
+pub mod aws;
 pub mod balance;
+pub mod cloud_map;
 pub mod config;
 pub mod consul;
 pub mod dataplane;
 mod document;
+pub mod ecs;
 pub mod id;
+pub mod instance;
 pub mod merge;
 pub mod model;
 pub mod plan;

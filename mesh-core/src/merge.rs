@@ -31,6 +31,7 @@ mod known;
 mod local;
 
 use known::Known;
+pub(crate) use local::says_enrolled;
 pub use local::{ENABLED_LABEL, SERVICE_LABEL, enrolled};
 use local::{Locals, Member, Served};
 

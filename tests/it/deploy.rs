@@ -312,3 +312,33 @@ fn the_user_data_refuses_another_binary_and_missing_settings() {
         assert_eq!(instance.calls(), "", "nothing is done without {missing}");
     }
 }
+
+/// The strings in a text that name an IAM action of the APIs that discovery asks.
+fn actions(text: &str) -> std::collections::BTreeSet<String> {
+    let quoted = text.split('"').skip(1).step_by(2);
+    let action = |text: &&str| {
+        text.split_once(':').is_some_and(|(api, name)| {
+            ["servicediscovery", "ecs"].contains(&api)
+                && name.starts_with(|c: char| c.is_ascii_uppercase())
+                && name.bytes().all(|b| b.is_ascii_alphanumeric())
+        })
+    };
+    quoted.filter(action).map(str::to_owned).collect()
+}
+
+#[test]
+fn the_policy_permits_exactly_what_is_asked() {
+    let sources = ["cloud_map/client.rs", "ecs/client.rs"];
+    let sources: String = sources
+        .iter()
+        .map(|file| {
+            let file = deploy().join("../mesh-agent/src/discovery").join(file);
+            fs::read_to_string(&file).unwrap_or_else(|error| panic!("cannot read {}: {error}", file.display()))
+        })
+        .collect();
+    let policy = read("iam/discovery.json");
+    let parsed: serde_json::Value = serde_json::from_str(&policy).expect("the policy is JSON");
+    assert_eq!(parsed["Version"], "2012-10-17");
+    assert!(!actions(&policy).is_empty());
+    assert_eq!(actions(&policy), actions(&sources));
+}

@@ -2,6 +2,7 @@
 //!
 //! Must not assert anything about the mesh; that is `it/`.
 
+pub mod aws;
 pub mod consul;
 pub mod docs;
 pub mod mesh;

@@ -20,6 +20,8 @@ pub enum Tier {
     Docker,
     /// A Consul server may be started.
     Consul,
+    /// Moto may be started, AWS's APIs without AWS.
+    Aws,
 }
 
 impl Tier {
@@ -30,6 +32,7 @@ impl Tier {
             Self::Kernel => "kernel",
             Self::Docker => "docker",
             Self::Consul => "consul",
+            Self::Aws => "aws",
         }
     }
 }
@@ -79,6 +82,7 @@ fn probe(tier: Tier) -> Result<(), String> {
         Tier::Kernel => KERNEL.get_or_init(probe_kernel).clone(),
         Tier::Docker => DOCKER.get_or_init(probe_docker).clone(),
         Tier::Consul => crate::consul::program().map(drop),
+        Tier::Aws => crate::aws::place().map(drop),
     }
 }
 

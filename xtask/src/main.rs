@@ -9,6 +9,7 @@ mod docs;
 mod instructions;
 mod packages;
 mod process;
+mod pypi;
 mod test;
 mod tidy;
 mod vm;

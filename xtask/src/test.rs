@@ -13,7 +13,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
-use crate::{archive, build_ebpf, instructions, packages, process, vm, workspace};
+use crate::{archive, build_ebpf, instructions, packages, process, pypi, vm, workspace};
 pub use report::Report;
 
 /// The kernels of the matrix: the series that the ECS-optimised images of Amazon Linux 2023 run.
@@ -48,6 +48,8 @@ enum Tier {
     Docker,
     /// A real Consul server
     Consul,
+    /// Moto's AWS APIs
+    Aws,
 }
 
 impl Tier {
@@ -59,6 +61,7 @@ impl Tier {
             Self::Kernel => "kernel",
             Self::Docker => "docker",
             Self::Consul => "consul",
+            Self::Aws => "aws",
         }
     }
 }
@@ -113,7 +116,9 @@ fn set_up(args: &Args) -> Result<()> {
         packages::SYSTEMD_ANALYZE,
         packages::TCPDUMP,
     ]);
-    let tools = tools.and_then(|()| fetch_consul(args));
+    let tools = tools
+        .and_then(|()| fetched(args, Tier::Consul, archive::CONSUL.fetch(&workspace::target())))
+        .and_then(|()| fetched(args, Tier::Aws, pypi::MOTO.fetch(&workspace::target())));
     match tools {
         Err(lack) if !nix::unistd::geteuid().is_root() => {
             println!("{lack:#}\nwithout them, and without root, some tests will be skipped");
@@ -123,12 +128,12 @@ fn set_up(args: &Args) -> Result<()> {
     }
 }
 
-/// Its tests need it and nothing else does, so without it they skip, unless they were asked for.
-fn fetch_consul(args: &Args) -> Result<()> {
-    match archive::CONSUL.fetch(&workspace::target()) {
-        Err(lack) if args.tier.contains(&Tier::Consul) => Err(lack),
+/// The tests of its tier need it and nothing else does, so without it they skip, unless they were asked for.
+fn fetched(args: &Args, tier: Tier, program: Result<PathBuf>) -> Result<()> {
+    match program {
+        Err(lack) if args.tier.contains(&tier) => Err(lack),
         Err(lack) => {
-            println!("{lack:#}\nwithout Consul its tests will be skipped");
+            println!("{lack:#}\nwithout it the tests of the {} tier will be skipped", tier.module());
             Ok(())
         }
         Ok(_program) => Ok(()),
@@ -205,6 +210,17 @@ fn integration(promised: &BTreeSet<String>, target: &str, filters: &[String]) ->
     let mut cargo = cargo_test(&["--test", target]);
     cargo.env("MESH_TIERS", promised.join(",")).env("MESH_AGENT", agent_binary()?);
     cargo.env("MESH_CONSUL", archive::CONSUL.place(&workspace::target()));
+    cargo.env("MESH_MOTO", pypi::MOTO.place(&workspace::target()));
+    // What moto takes from anybody. Nobody here has real ones, and nobody shall ask the machine for them.
+    for (key, value) in [
+        ("AWS_ACCESS_KEY_ID", "testing"),
+        ("AWS_SECRET_ACCESS_KEY", "testing"),
+        ("AWS_EC2_METADATA_DISABLED", "true"),
+        ("AWS_CONFIG_FILE", "/dev/null"),
+        ("AWS_SHARED_CREDENTIALS_FILE", "/dev/null"),
+    ] {
+        cargo.env(key, value);
+    }
     cargo.arg("--").args(filters);
     Ok(cargo)
 }

@@ -8,7 +8,7 @@ use std::{
     path::PathBuf,
 };
 
-use mesh_core::{config::Config, id::ClusterName};
+use mesh_core::{cloud_map::known::namespace_label, config::Config, ecs::entries::cluster_label, id::ClusterName};
 
 use crate::{
     sys::cgroup::{self, CgroupError},
@@ -43,8 +43,13 @@ pub enum HostError {
 /// Any address outside of this host and its networks (RFC 5737); nothing is sent to it.
 const SOMEWHERE: &str = "192.0.2.1:9";
 
+/// Every suffix that follows from where services are learnt.
+pub(super) fn name_after_all(config: Config, cluster: &ClusterName) -> Config {
+    name_after_namespaces(name_after_clusters(name_after_datacenters(name_after_cluster(config, cluster))))
+}
+
 /// Services are also known as `<service>.<cluster>`, the form that ECS Service Connect and Cloud Map gave them.
-pub(super) fn name_after_cluster(mut config: Config, cluster: &ClusterName) -> Config {
+fn name_after_cluster(mut config: Config, cluster: &ClusterName) -> Config {
     let suffix = cluster.as_str().to_ascii_lowercase();
     if !config.dns.suffixes.contains(&suffix) {
         config.dns.suffixes.push(suffix);
@@ -54,7 +59,7 @@ pub(super) fn name_after_cluster(mut config: Config, cluster: &ClusterName) -> C
 
 /// Consul's names with a datacenter in them: `world.service.dc1.consul`, for each suffix `service.…`. Those of the first
 /// datacenter are the bare names.
-pub(super) fn name_after_datacenters(mut config: Config) -> Config {
+fn name_after_datacenters(mut config: Config) -> Config {
     let Some(consul) = &config.discovery.consul else { return config };
     let domains: Vec<_> =
         config.dns.suffixes.iter().filter_map(|suffix| suffix.strip_prefix("service.")).map(str::to_owned).collect();
@@ -73,6 +78,37 @@ pub(super) fn name_after_datacenters(mut config: Config) -> Config {
 /// Docker gives the host's search domains to tasks, unless it is told otherwise.
 pub(super) fn search_as_the_host(mut config: Config, search: &[String]) -> Config {
     config.dns.search.get_or_insert_with(|| search.to_vec());
+    config
+}
+
+/// Names of services of further clusters: `world.<cluster>`.
+fn name_after_clusters(mut config: Config) -> Config {
+    let Some(ecs) = &config.discovery.ecs else { return config };
+    for cluster in ecs.clusters.iter().skip(1).map(cluster_label) {
+        if !config.dns.suffixes.contains(&cluster) {
+            config.dns.datacenters.push((cluster.clone(), cluster));
+        }
+    }
+    config
+}
+
+/// Cloud Map's names: `world.my.demo`. Services of the first namespace are the bare names. A namespace that is no domain
+/// name is no suffix.
+fn name_after_namespaces(mut config: Config) -> Config {
+    let Some(cloud_map) = &config.discovery.cloud_map else { return config };
+    let label =
+        |label: &str| !label.is_empty() && label.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b));
+    for (place, namespace) in cloud_map.namespaces.iter().enumerate() {
+        let suffix = namespace.to_ascii_lowercase();
+        if config.dns.suffixes.contains(&suffix) || !suffix.split('.').all(label) {
+            continue;
+        }
+        match (place, namespace_label(namespace)) {
+            (0, _) => config.dns.suffixes.push(suffix),
+            (_, Some(label)) => config.dns.datacenters.push((suffix, label)),
+            (_, None) => {}
+        }
+    }
     config
 }
 
@@ -122,4 +158,21 @@ fn resolvers() -> (Vec<SocketAddr>, Vec<String>) {
     let Some(parsed) = parsed else { return Default::default() };
     let servers = parsed.nameservers.iter().map(|server| SocketAddr::new(server.into(), 53)).collect();
     (servers, parsed.get_last_search_or_domain().cloned().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_follow_from_where_services_are_learnt() {
+        let text = "[identity]\ntrust_domain = \"t\"\nca_bundle = \"/x\"\njoin_token_file = \"/x\"\n\
+                    [discovery.cloud_map]\nnamespaces = [\"My.demo\", \"other.demo\", \"a/name\"]\n\
+                    [discovery.ecs]\nclusters = [\"Demo\", \"Far_one\"]\n";
+        let config = mesh_core::config::parse(text).expect("parses");
+        let named = name_after_all(config, &"Demo".parse().expect("valid"));
+        assert_eq!(named.dns.suffixes, ["mesh", "service.consul", "demo", "my.demo"]);
+        let expected = [("far_one", "far_one"), ("other.demo", "other-demo")];
+        assert_eq!(named.dns.datacenters, expected.map(|(suffix, label)| (suffix.to_owned(), label.to_owned())));
+    }
 }

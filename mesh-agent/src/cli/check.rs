@@ -8,12 +8,15 @@ use std::{
     sync::Arc,
 };
 
-use mesh_core::config::{Config, discovery};
+use mesh_core::{
+    config::{Config, discovery, ecs::Ecs},
+    id::ClusterName,
+};
 
 use super::{Out, Outcome, config, table::table};
 use crate::{
     api,
-    discovery::consul::check,
+    discovery::{cloud_map, consul, ecs},
     sys::probe::{self, Finding, Settings},
 };
 
@@ -39,6 +42,12 @@ pub fn run(args: &Args, out: &mut Out) -> anyhow::Result<Outcome> {
             findings.push(Finding::ok("configuration", file.display().to_string()));
             findings.extend(config.services_file.as_deref().map(services_file));
             findings.extend(config.discovery.consul.clone().map(consul));
+            findings.extend(config.discovery.ecs.as_ref().map(|it| {
+                let clusters = clusters(&config, it);
+                asked("ECS", ecs::check::check(it, &clusters))
+            }));
+            findings
+                .extend(config.discovery.cloud_map.as_ref().map(|it| asked("Cloud Map", cloud_map::check::check(it))));
             settings(&config)
         }
         None => defaults()?,
@@ -90,22 +99,32 @@ fn services_file(file: &Path) -> Finding {
     }
 }
 
-/// Asks Consul as the agent would. An agent starts without it too.
+/// The clusters that the agent would ask for, as far as the configuration tells.
+fn clusters(config: &Config, ecs: &Ecs) -> Vec<ClusterName> {
+    let own = config.host.cluster.clone().or_else(|| "default".parse().ok());
+    if ecs.clusters.is_empty() { own.into_iter().collect() } else { ecs.clusters.clone() }
+}
+
+/// Asks Consul as the agent would.
 fn consul(config: discovery::Consul) -> Finding {
-    let name = "Consul";
-    let address = config.address.clone();
-    let asked = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map(|runtime| runtime.block_on(check::check(Arc::new(config))));
-    match asked {
+    asked("Consul", consul::check::check(Arc::new(config)))
+}
+
+/// Asks a registry as the agent would. An agent starts without it too.
+fn asked<E: std::error::Error + Send + Sync + 'static>(
+    name: &'static str,
+    check: impl Future<Output = Result<String, E>>,
+) -> Finding {
+    let answered =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map(|runtime| runtime.block_on(check));
+    match answered {
         Ok(Ok(found)) => Finding::ok(name, found),
         Ok(Err(error)) => {
             let error = anyhow::Error::new(error);
             let remedy = "until it answers, the mesh knows only what other sources say";
             Finding::warn(name, format!("{error:#}"), remedy)
         }
-        Err(error) => Finding::warn(name, format!("{address} is not asked: {error}"), "try again"),
+        Err(error) => Finding::warn(name, format!("it is not asked: {error}"), "try again"),
     }
 }
 

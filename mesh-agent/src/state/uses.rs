@@ -28,15 +28,18 @@ pub struct Uses {
 #[derive(Default)]
 struct Shared {
     told: HashMap<ServiceName, Instant>,
-    listener: Option<mpsc::Sender<ServiceName>>,
+    listeners: Vec<mpsc::Sender<ServiceName>>,
 }
 
 impl Uses {
     /// A task has asked for this service.
     pub fn note(&self, service: &ServiceName) {
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
-        let Shared { told, listener } = &mut *shared;
-        let Some(listener) = listener else { return };
+        let Shared { told, listeners } = &mut *shared;
+        listeners.retain(|listener| !listener.is_closed());
+        if listeners.is_empty() {
+            return;
+        }
         let now = Instant::now();
         if told.get(service).is_some_and(|at| now.duration_since(*at) < AGAIN) {
             return;
@@ -45,14 +48,16 @@ impl Uses {
             told.clear();
         }
         told.insert(service.clone(), now);
-        // A listener that is behind hears of it the next time.
-        listener.try_send(service.clone()).ok();
+        for listener in listeners {
+            // One that is behind hears of it the next time.
+            listener.try_send(service.clone()).ok();
+        }
     }
 
-    /// From now on uses are heard here, and nowhere else.
+    /// From now on uses are heard here too.
     pub fn listen(&self) -> mpsc::Receiver<ServiceName> {
         let (sender, receiver) = mpsc::channel(WAITING);
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner).listener = Some(sender);
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner).listeners.push(sender);
         receiver
     }
 }
@@ -66,11 +71,12 @@ mod tests {
         let uses = Uses::default();
         let world: ServiceName = "world".parse().expect("valid");
         uses.note(&world);
-        let mut heard = uses.listen();
+        let (mut heard, mut other) = (uses.listen(), uses.listen());
         for _ in 0..3 {
             uses.note(&world);
         }
         assert_eq!(heard.try_recv().expect("told"), world);
         assert!(heard.try_recv().is_err());
+        assert_eq!(other.try_recv().expect("everybody is told"), world);
     }
 }

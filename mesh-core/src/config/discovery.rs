@@ -4,7 +4,11 @@
 
 use std::{collections::BTreeSet, path::PathBuf, time::Duration};
 
-use super::check::{first_repeated, not_empty};
+use super::{
+    check::{first_repeated, not_empty},
+    cloud_map::{CloudMap, cloud_map},
+    ecs::{Ecs, ecs},
+};
 use crate::document::Section;
 
 #[derive(Clone, Debug, PartialEq)]
@@ -13,12 +17,18 @@ pub struct Discovery {
     pub order: Vec<SourceName>,
     /// `None`: Consul is not asked.
     pub consul: Option<Consul>,
+    /// `None`: the ECS API is not asked.
+    pub ecs: Option<Ecs>,
+    /// `None`: Cloud Map is not asked.
+    pub cloud_map: Option<CloudMap>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum SourceName {
     File,
     Consul,
+    Ecs,
+    CloudMap,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,13 +101,25 @@ impl Consul {
     }
 }
 
-const SOURCES: &[(&str, SourceName)] = &[("file", SourceName::File), ("consul", SourceName::Consul)];
+/// In the default order of precedence. The ECS API comes before Cloud Map, because it knows who is in the mesh of those
+/// that ECS registers with Cloud Map.
+const SOURCES: &[(&str, SourceName)] = &[
+    ("file", SourceName::File),
+    ("consul", SourceName::Consul),
+    ("ecs", SourceName::Ecs),
+    ("cloud_map", SourceName::CloudMap),
+];
 const HEALTH: &[(&str, Health)] = &[("passing", Health::Passing), ("warning", Health::Warning)];
 
 pub(super) fn discovery(s: &mut Section<'_>) -> Discovery {
     let source = |text: &str| {
         let found = SOURCES.iter().find(|(word, _)| *word == text).map(|(_, source)| *source);
-        found.ok_or_else(|| (format!("`{}` is no source", text.escape_debug()), "use \"file\" or \"consul\"".into()))
+        found.ok_or_else(|| {
+            (
+                format!("`{}` is no source", text.escape_debug()),
+                "use \"file\", \"consul\", \"ecs\" or \"cloud_map\"".into(),
+            )
+        })
     };
     let mut order = s.list("order", source).unwrap_or_default();
     if first_repeated(&order).is_some() {
@@ -111,7 +133,11 @@ pub(super) fn discovery(s: &mut Section<'_>) -> Discovery {
     }
     let configured = s.has("consul");
     let consul = s.section("consul", |s| consul(s, configured));
-    Discovery { order, consul }
+    let configured = s.has("ecs");
+    let ecs = s.section("ecs", |s| ecs(s, configured));
+    let configured = s.has("cloud_map");
+    let cloud_map = s.section("cloud_map", |s| cloud_map(s, configured));
+    Discovery { order, consul, ecs, cloud_map }
 }
 
 fn consul(s: &mut Section<'_>, configured: bool) -> Option<Consul> {
@@ -245,9 +271,10 @@ pub(crate) mod tests {
 
     #[test]
     fn precedence_is_declared() {
-        use SourceName::{Consul, File};
-        assert_eq!(parse("").expect("parses").order, [File, Consul]);
-        assert_eq!(parse("[discovery]\norder = [\"consul\"]").expect("parses").order, [Consul, File]);
+        use SourceName::{CloudMap, Consul, Ecs, File};
+        assert_eq!(parse("").expect("parses").order, [File, Consul, Ecs, CloudMap]);
+        let order = "[discovery]\norder = [\"cloud_map\", \"consul\"]";
+        assert_eq!(parse(order).expect("parses").order, [CloudMap, Consul, File, Ecs]);
     }
 
     #[test]
@@ -265,7 +292,10 @@ pub(crate) mod tests {
     #[test]
     fn faults_name_the_key_and_a_remedy() {
         for (lines, expected) in [
-            ("order = [\"dns\"]", "discovery.order[0]: `dns` is no source; use \"file\" or \"consul\""),
+            (
+                "order = [\"dns\"]",
+                "discovery.order[0]: `dns` is no source; use \"file\", \"consul\", \"ecs\" or \"cloud_map\"",
+            ),
             ("order = [\"file\", \"file\"]", "discovery.order: names a source twice"),
             (
                 "[discovery.consul]\naddress = \"127.0.0.1:8500\"",

@@ -51,6 +51,8 @@ fn the_example_shows_every_key() {
         "discovery.consul",
         "discovery.consul.tls",
         "discovery.consul.registration",
+        "discovery.ecs",
+        "discovery.cloud_map",
         "admin",
         "log",
     ] {

@@ -10,11 +10,12 @@ use std::{
 
 use super::{
     answer::{Instances, Names},
-    entries::{self, Contribution},
+    entries,
 };
 use crate::{
     config::discovery::Consul,
     id::ServiceName,
+    instance::Contribution,
     services::{ServiceEntry, ServiceSet},
 };
 

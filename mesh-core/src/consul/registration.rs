@@ -8,10 +8,10 @@ use std::{
     net::SocketAddr,
 };
 
-use super::entries::meta;
 use crate::{
     addr::canonical,
     config::discovery,
+    instance::meta,
     model::{Endpoint, Health, Reach, Service, Snapshot},
     task::{NetworkMode, Task},
 };

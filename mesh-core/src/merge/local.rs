@@ -115,14 +115,19 @@ impl Locals {
 }
 
 /// Whether a task is in the mesh. An excluded family never is, whatever its label says: the exclusion belongs to the
-/// host's operator. A label that is neither true nor false says nothing.
+/// host's operator.
 pub fn enrolled(task: &Task, enrol: &Enrol) -> bool {
-    let label = task.labels.get(ENABLED_LABEL).and_then(|label| match label.trim().to_ascii_lowercase().as_str() {
+    let says = says_enrolled(&task.labels);
+    task.mode != NetworkMode::None && !enrol.exclude.contains(&task.family) && says.unwrap_or(enrol.default)
+}
+
+/// What a task's labels say about whether it is in the mesh. One that is neither true nor false says nothing.
+pub(crate) fn says_enrolled(labels: &BTreeMap<String, String>) -> Option<bool> {
+    labels.get(ENABLED_LABEL).and_then(|label| match label.trim().to_ascii_lowercase().as_str() {
         "true" | "yes" | "on" | "1" => Some(true),
         "false" | "no" | "off" | "0" => Some(false),
         _ => None,
-    });
-    task.mode != NetworkMode::None && !enrol.exclude.contains(&task.family) && label.unwrap_or(enrol.default)
+    })
 }
 
 /// The enrolled tasks, by task id. A task for which no service name can be made of its family is not among them.

@@ -37,7 +37,7 @@ const LAYERS: &[(&str, &[&str])] = &[
 const EXCEPTIONS: &[(&str, &str, &str)] = &[
     ("cli/run.rs", "agent", "this command is the agent"),
     ("cli/check.rs", "sys::probe", "it looks at the machine before there is an agent"),
-    ("cli/check.rs", "discovery::consul::check", "it asks Consul before there is an agent"),
+    ("cli/check.rs", "discovery", "it asks the registries before there is an agent"),
     ("cli/run.rs", "sys::probe", "it refuses to start where `check` would fail"),
     ("cli/run.rs", "sys::memory", "the allocator is set before there are threads"),
     ("cli/cleanup.rs", "sys::bpf", "it removes what an agent left when there is none"),

@@ -228,6 +228,6 @@ fn at(what: &str, id: &str) -> Question {
 
 /// What this host has registered, and no more.
 fn list(owner: &str) -> Question {
-    let filter = format!("Meta[\"{}\"] == \"{owner}\"", mesh_core::consul::entries::meta::OWNER);
+    let filter = format!("Meta[\"{}\"] == \"{owner}\"", mesh_core::instance::meta::OWNER);
     Question { path: "/v1/agent/services".into(), parameters: vec![("filter", filter)], rule: READ_AGENT }
 }

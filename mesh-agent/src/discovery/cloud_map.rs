@@ -1,0 +1,281 @@
+//! AWS Cloud Map as a backend: what is asked for and when, what the answers make of all that is known, and when it is
+//! handed on.
+//!
+//! Cloud Map knows no blocking questions, and the revision of a service's instances does not move when their health
+//! does. So the instances themselves are asked for, over and over: those of services that tasks of this host use every
+//! few seconds, the others seldom, and all together no more often than the host's share of the account's quota.
+//!
+//! [`client`] speaks to the API, [`check`] is for `mesh-agent check`.
+
+pub mod check;
+pub mod client;
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use mesh_core::{
+    aws::{
+        pace::Pace,
+        rota::{Intervals, Rota},
+    },
+    cloud_map::known::{Key, Known},
+    config::cloud_map::CloudMap,
+    id::ServiceName,
+};
+use tokio::{sync::mpsc, task::JoinSet};
+
+use self::client::{Answer, Asked, Client};
+use super::{Figures, Report, SourceError, SourceId, aws::Trouble};
+
+/// News closer together than this is handed on as one.
+const SETTLE: Duration = Duration::from_millis(20);
+/// While everything is read for the first time, what there is so far is handed on so often.
+const PROGRESS: Duration = Duration::from_secs(1);
+/// Questions under way at a time.
+const AT_ONCE: usize = 8;
+
+/// Follows Cloud Map and reports, until nobody listens.
+pub(super) async fn run(
+    config: Arc<CloudMap>,
+    source: SourceId,
+    reports: mpsc::Sender<Report>,
+    figures: Arc<Figures>,
+    uses: mpsc::Receiver<ServiceName>,
+) {
+    let mut failures = 0;
+    let client = loop {
+        match Client::new(&config).await {
+            Ok(client) => break Arc::new(client),
+            Err(trouble) => {
+                figures.failed();
+                let outcome = Err(SourceError::Aws { what: "anything of Cloud Map".into(), source: trouble });
+                if reports.send(Report { source, outcome, still: None }).await.is_err() {
+                    return;
+                }
+            }
+        }
+        tokio::time::sleep(mesh_core::consul::cursor::back_off(failures, fastrand::u32(..))).await;
+        failures += 1;
+    };
+    let lists = Intervals { used: config.list_interval, idle: config.list_interval };
+    let mut director = Director {
+        client,
+        source,
+        reports,
+        figures,
+        known: Known::default(),
+        pace: Pace::new(config.rate, config.rate.max(u32::try_from(AT_ONCE).unwrap_or(1))),
+        lists: Rota::new(lists),
+        services: Rota::new(config.intervals),
+        under_way: JoinSet::new(),
+        failing: BTreeMap::new(),
+        publish: None,
+        published: None,
+        problems: Vec::new(),
+        began: Instant::now(),
+        config,
+    };
+    for namespace in 0..director.config.namespaces.len() {
+        director.lists.add(namespace, Duration::ZERO);
+    }
+    director.run(uses).await;
+}
+
+struct Director {
+    config: Arc<CloudMap>,
+    client: Arc<Client>,
+    source: SourceId,
+    reports: mpsc::Sender<Report>,
+    figures: Arc<Figures>,
+    known: Known,
+    pace: Pace,
+    lists: Rota<usize>,
+    services: Rota<Key>,
+    under_way: JoinSet<(Asked, Result<Answer, Trouble>)>,
+    /// What gets no answer at the moment.
+    failing: BTreeMap<Asked, String>,
+    /// When what is known is to be handed on; `None`: it has been.
+    publish: Option<Instant>,
+    published: Option<Instant>,
+    /// What is left out, as last logged.
+    problems: Vec<String>,
+    began: Instant,
+}
+
+impl Director {
+    async fn run(mut self, mut uses: mpsc::Receiver<ServiceName>) {
+        loop {
+            self.ask();
+            let soonest = [self.publish, self.next()].into_iter().flatten().min();
+            let timer = async {
+                match soonest {
+                    Some(at) => tokio::time::sleep_until(at.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                Some(answered) = self.under_way.join_next() => match answered {
+                    Ok((asked, Ok(answer))) => self.take(&asked, answer),
+                    Ok((asked, Err(trouble))) => self.ill(asked, trouble).await,
+                    // Nobody aborts them.
+                    Err(error) => tracing::error!(%error, "a question to Cloud Map was lost"),
+                },
+                Some(service) = uses.recv() => self.used(&service),
+                () = timer => {}
+                () = self.reports.closed() => return,
+            }
+            if self.publish.is_some_and(|at| at <= Instant::now()) && self.hand_on().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// When the next question may be asked; `None`: not before one that is under way has been answered.
+    fn next(&self) -> Option<Instant> {
+        if self.under_way.len() >= AT_ONCE {
+            return None;
+        }
+        let due = [self.lists.next(), self.services.next()].into_iter().flatten().min()?;
+        Some(self.began + due.max(self.pace.next(self.now())))
+    }
+
+    /// Asks what is due, as far as it may.
+    fn ask(&mut self) {
+        let now = self.now();
+        while self.under_way.len() < AT_ONCE && self.pace.next(now) <= now {
+            let asked = match self.lists.take(now) {
+                Some(namespace) => Asked::Names(namespace),
+                None => match self.services.take(now) {
+                    Some(key) => Asked::Service(key),
+                    None => break,
+                },
+            };
+            self.pace.take(now);
+            let (client, config) = (self.client.clone(), self.config.clone());
+            self.under_way.spawn(async move {
+                let answer = client.ask(&config, &asked).await;
+                (asked, answer)
+            });
+        }
+        self.figures.watches.store(self.under_way.len(), Ordering::Relaxed);
+    }
+
+    fn used(&mut self, service: &ServiceName) {
+        let now = self.now();
+        for key in self.known.keys_of(service) {
+            self.services.used(&key, now);
+        }
+    }
+
+    fn take(&mut self, asked: &Asked, answer: Answer) {
+        let (now, draw) = (self.now(), fastrand::u32(..));
+        self.pace.answered();
+        self.figures.answered();
+        match (asked, answer) {
+            (Asked::Names(namespace), Answer::Names { names, questions }) => {
+                // Further pages count as much as the first.
+                (1..questions).for_each(|_| self.pace.take(now));
+                let changes = self.known.names(*namespace, &names, &self.config);
+                for key in &changes.removed {
+                    self.services.remove(key);
+                    self.failing.remove(&Asked::Service(key.clone()));
+                }
+                changes.added.into_iter().for_each(|key| self.services.add(key, now));
+                self.lists.answered(namespace, now, draw);
+                self.figures.services.store(self.known.len(), Ordering::Relaxed);
+                if !changes.removed.is_empty() || self.published.is_none() {
+                    self.changed();
+                }
+            }
+            (Asked::Service(key), Answer::Instances(instances)) => {
+                self.services.answered(key, now, draw);
+                if self.known.instances(key, &instances, &self.config) {
+                    self.changed();
+                }
+            }
+            (Asked::Names(_) | Asked::Service(_), _) => {}
+        }
+        if self.failing.remove(asked).is_some() && self.failing.is_empty() {
+            // The set is the same or not; that there is one is the news.
+            self.changed();
+        }
+    }
+
+    /// Reports the first failure, and one of another kind; many that fail together are one.
+    async fn ill(&mut self, asked: Asked, trouble: Trouble) {
+        let (now, draw) = (self.now(), fastrand::u32(..));
+        self.figures.failed();
+        if trouble.is_throttled() {
+            self.pace.throttled(now, draw);
+        } else if trouble.is_general() {
+            self.pace.failed(now, draw);
+        }
+        let what = match &asked {
+            Asked::Names(namespace) => {
+                if trouble.is_general() {
+                    self.lists.put_back(namespace);
+                } else {
+                    self.lists.failed(namespace, now, draw);
+                }
+                format!("the list of services of {}", self.config.namespaces[*namespace])
+            }
+            Asked::Service(key) => {
+                if trouble.is_general() {
+                    self.services.put_back(key);
+                } else {
+                    self.services.failed(key, now, draw);
+                }
+                if trouble.is_gone() {
+                    // The list decides whether it is: a service that has just been made is not known everywhere yet.
+                    self.lists.hurry(&key.0, now);
+                }
+                format!("the service {}", key.1.escape_debug())
+            }
+        };
+        tracing::debug!(
+            what,
+            error = &trouble as &dyn std::error::Error,
+            rate = self.pace.rate(),
+            "Cloud Map was asked in vain"
+        );
+        let text = super::chain(&trouble);
+        let told = self.failing.values().any(|known| *known == text);
+        self.failing.insert(asked, text);
+        if !told {
+            let outcome = Err(SourceError::Aws { what, source: trouble });
+            drop(self.reports.send(Report { source: self.source, outcome, still: None }).await);
+        }
+    }
+
+    /// What is known is to be handed on, soon; while it is read for the first time, now and then.
+    fn changed(&mut self) {
+        let soon = Instant::now() + SETTLE;
+        let loading = self.services.unseen() > 0 && self.failing.is_empty();
+        let at = if loading { self.published.map_or(soon, |last| last + PROGRESS) } else { soon };
+        self.publish = Some(self.publish.map_or(at, |before| before.min(at)));
+    }
+
+    /// # Errors
+    /// Nobody listens.
+    async fn hand_on(&mut self) -> Result<(), ()> {
+        self.publish = None;
+        self.published = Some(Instant::now());
+        let problems = self.known.problems();
+        if problems != self.problems {
+            for problem in problems.iter().filter(|problem| !self.problems.contains(problem)).take(20) {
+                tracing::warn!(problem, "Cloud Map knows something that is not used");
+            }
+            self.problems = problems;
+        }
+        let still = self.failing.values().next().cloned();
+        let report = Report { source: self.source, outcome: Ok(self.known.set()), still };
+        self.reports.send(report).await.map_err(drop)
+    }
+}

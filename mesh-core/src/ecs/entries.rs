@@ -1,0 +1,331 @@
+//! From a cluster to what a source says about services: each ECS service, the service of the mesh that its tasks belong
+//! to where that is another, and each name that Service Connect gives.
+//!
+//! A task is in the mesh when its container instance says that there is an agent, and the task itself is enrolled. Must
+//! not know how the cluster was learnt.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+};
+
+use super::model::{Checked, Cluster, Connect, Definition, Instance, State, Task, attribute};
+use crate::{
+    addr::canonical,
+    config::{Enrol, ecs::Ecs},
+    id::{ClusterName, ServiceName, SpiffeId, TrustDomain},
+    instance::{Interned, USUAL_PORT},
+    merge::{SERVICE_LABEL, says_enrolled},
+    resolve::of_datacenter,
+    services::{Attributes, DEFAULT_WEIGHT, EndpointEntry, PortEntry, ServiceEntry, ServiceSet},
+    task::NetworkMode,
+};
+
+/// What this host knows of the mesh, which is the same on all of its hosts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mesh {
+    pub trust_domain: TrustDomain,
+    pub enrol: Enrol,
+    /// Under which names of services are known: `dns.suffixes`, and what belongs to them.
+    pub suffixes: Vec<String>,
+}
+
+/// A service while it is collected.
+#[derive(Default)]
+struct Draft {
+    ports: BTreeMap<u16, PortEntry>,
+    /// By port and address, so that one that several ways lead to is one.
+    endpoints: BTreeMap<(Option<u16>, SocketAddr), EndpointEntry>,
+}
+
+/// What the clusters say about services, in the order of the configuration; the second is what was left out, and why.
+///
+/// A service is there also when no task of it can be used: it exists, and nobody serves it at the moment.
+pub fn entries(clusters: &[(ClusterName, Cluster)], config: &Ecs, mesh: &Mesh) -> (ServiceSet, Vec<String>) {
+    let mut drafts: BTreeMap<ServiceName, Draft> = BTreeMap::new();
+    let mut problems = BTreeSet::new();
+    let mut interned = Interned::default();
+    for (place, (name, cluster)) in clusters.iter().enumerate() {
+        let view = View { cluster, name, elsewhere: place > 0, config, mesh };
+        view.collect(&mut drafts, &mut interned, &mut problems);
+    }
+    let entry = |(name, draft): (ServiceName, Draft)| ServiceEntry {
+        name,
+        ports: draft.ports.into_values().collect(),
+        endpoints: draft.endpoints.into_values().collect(),
+        tls: None,
+        on_agent_death: None,
+        families: Vec::new(),
+        alone: false,
+    };
+    (ServiceSet::of(drafts.into_iter().map(entry)), problems.into_iter().collect())
+}
+
+struct View<'a> {
+    cluster: &'a Cluster,
+    name: &'a ClusterName,
+    /// Not the first one: its services do not bear the bare name.
+    elsewhere: bool,
+    config: &'a Ecs,
+    mesh: &'a Mesh,
+}
+
+impl View<'_> {
+    fn collect(
+        &self,
+        drafts: &mut BTreeMap<ServiceName, Draft>,
+        interned: &mut Interned,
+        problems: &mut BTreeSet<String>,
+    ) {
+        for service in self.cluster.services.keys().filter(|service| self.config.wants(service)) {
+            match self.named(service) {
+                Some(name) => drop(drafts.entry(name).or_default()),
+                None => drop(problems.insert(format!("{}: no DNS label can be made of it", service.escape_debug()))),
+            }
+        }
+        for task in &self.cluster.tasks {
+            let Some(service) = task.service.as_ref().filter(|service| self.config.wants(service)) else { continue };
+            let Some(definition) = self.cluster.definitions.get(&task.definition) else { continue };
+            if !serves(task, definition) {
+                continue;
+            }
+            let endpoints = match self.endpoints(task, service, definition, interned) {
+                Ok(endpoints) => endpoints,
+                Err(problem) => {
+                    problems.insert(format!("{service}: {problem}"));
+                    continue;
+                }
+            };
+            let own = belongs(definition).and_then(|name| self.elsewhere_named(name));
+            let names: BTreeSet<ServiceName> = self.named(service).into_iter().chain(own).collect();
+            for name in names {
+                let draft = drafts.entry(name).or_default();
+                for endpoint in self.as_served(&endpoints) {
+                    draft.endpoints.insert((endpoint.port, endpoint.addr), endpoint);
+                }
+            }
+            for connect in self.connects(task, service) {
+                self.connect(connect, definition, &endpoints, drafts, problems);
+            }
+        }
+    }
+
+    fn named(&self, service: &str) -> Option<ServiceName> {
+        self.elsewhere_named(ServiceName::sanitised(service)?)
+    }
+
+    fn elsewhere_named(&self, name: ServiceName) -> Option<ServiceName> {
+        if self.elsewhere { of_datacenter(&name, &cluster_label(self.name)) } else { Some(name) }
+    }
+
+    fn connects(&self, task: &Task, service: &str) -> &[Connect] {
+        let deployments = self.cluster.services.get(service).map(|service| &service.deployments);
+        let own = task.deployment.as_ref().and_then(|id| deployments?.get(id));
+        own.map_or(&[], |deployment| &deployment.connects)
+    }
+
+    /// (container port, endpoint) of each port, without the service's port that it serves.
+    fn endpoints(
+        &self,
+        task: &Task,
+        service: &str,
+        definition: &Definition,
+        interned: &mut Interned,
+    ) -> Result<Vec<(u16, EndpointEntry)>, String> {
+        let instance = task.instance.as_ref().and_then(|arn| self.cluster.instances.get(arn));
+        let host = instance.map(address).transpose()?.flatten();
+        let ports: BTreeSet<u16> = definition.ports.iter().map(|port| port.container).collect();
+        let at_host = || {
+            host.ok_or_else(|| {
+                format!(
+                    "the container instance {} does not say its address, so nobody can reach the host ports of its \
+                     tasks: give it the attribute {}",
+                    instance.and_then(|it| it.ec2_id.as_deref()).or(task.instance.as_deref()).unwrap_or("-"),
+                    attribute::ADDRESS
+                )
+            })
+        };
+        let reached: Vec<(u16, SocketAddr)> = match definition.mode {
+            NetworkMode::None => Vec::new(),
+            NetworkMode::Awsvpc => {
+                let ip = task.address.ok_or("a task has no ENI yet")?;
+                ports.iter().map(|port| (*port, SocketAddr::new(ip, *port))).collect()
+            }
+            NetworkMode::Bridge if task.bindings.is_empty() => Vec::new(),
+            NetworkMode::Bridge => {
+                let ip = at_host()?;
+                task.bindings.iter().map(|(container, host)| (*container, SocketAddr::new(ip, *host))).collect()
+            }
+            NetworkMode::Host if ports.is_empty() => Vec::new(),
+            NetworkMode::Host => {
+                let ip = at_host()?;
+                ports.iter().map(|port| (*port, SocketAddr::new(ip, *port))).collect()
+            }
+        };
+        let (agent, identity) = match self.tunnel(task, definition, instance, host)? {
+            Some((agent, identity)) => (Some(agent), Some(identity)),
+            None => (None, None),
+        };
+        let attributes = interned.of(self.attributes(task, service, definition, instance));
+        let endpoint = |(container, addr)| {
+            let endpoint = EndpointEntry {
+                port: None,
+                addr: canonical(addr),
+                agent,
+                identity: identity.clone(),
+                weight: DEFAULT_WEIGHT,
+                zone: task.zone.clone().filter(|zone| !zone.is_empty()),
+                alias: false,
+                attributes: attributes.clone(),
+            };
+            (container, endpoint)
+        };
+        Ok(reached.into_iter().map(endpoint).collect())
+    }
+
+    /// Each container port is a port of the service, and the only one is port 80 as well.
+    fn as_served(&self, endpoints: &[(u16, EndpointEntry)]) -> Vec<EndpointEntry> {
+        let as_port = |(port, endpoint): &(u16, EndpointEntry), alias| {
+            let port = Some(if alias { USUAL_PORT } else { *port });
+            EndpointEntry { port, alias, ..endpoint.clone() }
+        };
+        let mut served: Vec<_> = endpoints.iter().map(|it| as_port(it, false)).collect();
+        let containers: BTreeSet<u16> = endpoints.iter().map(|(port, _)| *port).collect();
+        if containers.len() == 1 && !containers.contains(&USUAL_PORT) {
+            served.extend(endpoints.iter().map(|it| as_port(it, true)));
+        }
+        served
+    }
+
+    /// Where the tunnel to the task ends and who is there; `None`: it is not in the mesh.
+    fn tunnel(
+        &self,
+        task: &Task,
+        definition: &Definition,
+        instance: Option<&Instance>,
+        host: Option<IpAddr>,
+    ) -> Result<Option<(SocketAddr, SpiffeId)>, String> {
+        let Some(port) = instance.and_then(|it| it.attributes.get(attribute::TUNNEL_PORT)) else { return Ok(None) };
+        let Enrol { default, exclude, .. } = &self.mesh.enrol;
+        if exclude.contains(&definition.family) || !says_enrolled(&definition.labels).unwrap_or(*default) {
+            return Ok(None);
+        }
+        let port = port.trim().parse::<u16>().ok().filter(|port| *port != 0).ok_or_else(|| {
+            format!("a container instance says that its tunnel port is `{}`, which is none", port.escape_debug())
+        })?;
+        let ip = match definition.mode {
+            NetworkMode::Awsvpc => task.address,
+            NetworkMode::Bridge | NetworkMode::Host | NetworkMode::None => host,
+        };
+        let identity =
+            belongs(definition).and_then(|service| SpiffeId::new(&self.mesh.trust_domain, self.name, &service).ok());
+        Ok(ip.map(|ip| canonical(SocketAddr::new(ip, port))).zip(identity))
+    }
+
+    fn attributes(
+        &self,
+        task: &Task,
+        service: &str,
+        definition: &Definition,
+        instance: Option<&Instance>,
+    ) -> Attributes {
+        let deployment = task.deployment.as_ref();
+        let known = self.cluster.services.get(service).zip(deployment);
+        let known = known.and_then(|(service, id)| service.deployments.get(id));
+        let said = [
+            ("ecs-cluster", Some(self.name.as_str().to_owned())),
+            ("ecs-service", Some(service.to_owned())),
+            ("ecs-family", Some(definition.family.clone())),
+            ("ecs-revision", Some(definition.revision.to_string())),
+            ("ecs-deployment", deployment.cloned()),
+            ("ecs-deployment-status", known.map(|known| known.status.clone())),
+            ("ecs-task-set", known.and_then(|known| known.external_id.clone())),
+            ("ecs-launch-type", Some(task.launch_type.clone())),
+            ("ecs-instance", instance.and_then(|instance| instance.ec2_id.clone())),
+        ];
+        let said = said.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?)));
+        let said = said.filter(|(_, value)| !value.is_empty());
+        let tags = task.tags.iter().map(|(key, value)| (key.clone(), value.clone()));
+        // What ECS says is not to be had otherwise by a tag of the same name.
+        Attributes { tags: BTreeSet::new(), meta: tags.chain(said).collect() }
+    }
+
+    /// The names that Service Connect gives a port, at the ports that it gives them.
+    fn connect(
+        &self,
+        connect: &Connect,
+        definition: &Definition,
+        endpoints: &[(u16, EndpointEntry)],
+        drafts: &mut BTreeMap<ServiceName, Draft>,
+        problems: &mut BTreeSet<String>,
+    ) {
+        let named = definition.ports.iter().find(|port| port.name.as_ref() == Some(&connect.port_name));
+        let Some(target) = named else {
+            let name = connect.port_name.escape_debug();
+            problems.insert(format!("{}: Service Connect names the port {name}, which it has not", definition.family));
+            return;
+        };
+        for (alias, port) in &connect.aliases {
+            let Some(name) = self.alias(alias) else {
+                problems.insert(format!(
+                    "{}: no name of the mesh can be made of the Service Connect alias {}: add what follows its first \
+                     dot to dns.suffixes",
+                    definition.family,
+                    alias.escape_debug()
+                ));
+                continue;
+            };
+            let Some(name) = self.elsewhere_named(name) else { continue };
+            let draft = drafts.entry(name).or_default();
+            let entry = PortEntry { port: *port, target: Some(target.container), protocol: target.protocol };
+            draft.ports.entry(*port).or_insert(entry);
+            for (_, endpoint) in endpoints.iter().filter(|(container, _)| *container == target.container) {
+                let endpoint = EndpointEntry { port: Some(*port), alias: false, ..endpoint.clone() };
+                draft.endpoints.insert((endpoint.port, endpoint.addr), endpoint);
+            }
+        }
+    }
+
+    /// The service of an alias: a bare label, or one below a suffix that the mesh answers for.
+    fn alias(&self, alias: &str) -> Option<ServiceName> {
+        let alias = alias.trim_end_matches('.').to_ascii_lowercase();
+        match alias.split_once('.') {
+            None => alias.parse().ok(),
+            Some((label, rest)) if self.mesh.suffixes.iter().any(|suffix| suffix == rest) => label.parse().ok(),
+            Some(_) => None,
+        }
+    }
+}
+
+/// What stands for a cluster in the names of its services, where it is not the first one.
+pub fn cluster_label(cluster: &ClusterName) -> String {
+    cluster.as_str().to_ascii_lowercase()
+}
+
+/// Whether a task may be chosen. One with health checks must have passed them.
+fn serves(task: &Task, definition: &Definition) -> bool {
+    match task.state {
+        State::Not | State::Running(Checked::Unhealthy) => false,
+        State::Running(Checked::Healthy) => true,
+        State::Running(Checked::Unknown) => !definition.is_checked,
+    }
+}
+
+/// The service of the mesh that a task belongs to, as the agent of its host sees it.
+fn belongs(definition: &Definition) -> Option<ServiceName> {
+    let labelled = definition.labels.get(SERVICE_LABEL).and_then(|label| ServiceName::sanitised(label.trim()));
+    labelled.or_else(|| ServiceName::sanitised(&definition.family))
+}
+
+/// The address that a container instance says it has.
+fn address(instance: &Instance) -> Result<Option<IpAddr>, String> {
+    let Some(text) = instance.attributes.get(attribute::ADDRESS) else { return Ok(None) };
+    let ip: Option<IpAddr> = text.trim().parse().ok();
+    match ip.filter(|ip| !ip.is_unspecified() && !ip.is_multicast() && !ip.is_loopback()) {
+        Some(ip) => Ok(Some(ip.to_canonical())),
+        None => Err(format!("a container instance says that it is at `{}`, where nothing is", text.escape_debug())),
+    }
+}
+
+#[cfg(test)]
+mod tests;

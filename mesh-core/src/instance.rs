@@ -1,0 +1,129 @@
+//! What an instance in any registry says of itself in its key-value pairs: Consul's meta, Cloud Map's attributes. By
+//! these words every agent knows where the tunnel to an instance is and which identity must be proved there.
+//!
+//! Must not know which registry was asked.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    sync::Arc,
+};
+
+use crate::{
+    addr::canonical,
+    id::{ServiceName, SpiffeId},
+    services::{Attributes, EndpointEntry, ServiceEntry},
+};
+
+/// Keys of instances that an agent has registered. Consul allows letters, digits, `-` and `_` only.
+pub mod meta {
+    /// Every key of ours begins so; none of them is an attribute of the endpoint.
+    pub const PREFIX: &str = "ecs-mesh-";
+    /// Address and port at which the tunnel to the instance ends.
+    pub const AGENT: &str = "ecs-mesh-agent";
+    /// SPIFFE ID that is proved there.
+    pub const IDENTITY: &str = "ecs-mesh-identity";
+    /// Ports of the service under which the instance is reached, with commas between.
+    pub const PORTS: &str = "ecs-mesh-ports";
+    /// The service in the mesh, where the registry's name is another: one of several ports, or a name that the task
+    /// chose.
+    pub const SERVICE: &str = "ecs-mesh-service";
+    /// The port that the application itself listens on.
+    pub const TARGET: &str = "ecs-mesh-target";
+    /// Which agent keeps the registration up to date.
+    pub const OWNER: &str = "ecs-mesh-owner";
+    pub const TASK: &str = "ecs-mesh-task";
+    pub const ZONE: &str = "ecs-mesh-zone";
+}
+
+/// The port that clients use where nobody says which.
+pub(crate) const USUAL_PORT: u16 = 80;
+/// From here on, Linux and docker give ports as they come: no client has such a number in its configuration.
+const DYNAMIC_PORTS: u16 = 32_768;
+
+/// A part of a service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Contribution {
+    pub entry: Arc<ServiceEntry>,
+    /// It follows from the registry's name of the service; otherwise the instances say that they belong to it.
+    pub own: bool,
+}
+
+impl Contribution {
+    /// A service of which nothing is said but where it is.
+    pub(crate) fn of(name: ServiceName, endpoints: Vec<EndpointEntry>, own: bool) -> Self {
+        let entry = ServiceEntry {
+            name,
+            ports: Vec::new(),
+            endpoints,
+            tls: None,
+            on_agent_death: None,
+            families: Vec::new(),
+            alone: false,
+        };
+        Self { entry: Arc::new(entry), own }
+    }
+}
+
+/// Tunnel and identity, where the instance has both; `None`: it is not in the mesh.
+///
+/// # Errors
+/// Half of it, or what cannot be read, is neither: such an instance is left out, because it is not known what would be
+/// sent where.
+pub(crate) fn meshed(
+    addr: SocketAddr,
+    says: &BTreeMap<String, String>,
+) -> Result<Option<(SocketAddr, SpiffeId)>, String> {
+    let (agent, identity) = (says.get(meta::AGENT), says.get(meta::IDENTITY));
+    if agent.is_none() && identity.is_none() {
+        return Ok(None);
+    }
+    let agent = agent.and_then(|agent| agent.parse::<SocketAddr>().ok()).map(canonical);
+    let agent = agent.filter(|agent| agent.port() != 0 && !agent.ip().is_unspecified() && !agent.ip().is_multicast());
+    let identity = identity.and_then(|identity| identity.parse::<SpiffeId>().ok());
+    match (agent, identity) {
+        (Some(agent), Some(identity)) => Ok(Some((agent, identity))),
+        _ => Err(format!(
+            "the instance at {addr} is half in the mesh: its meta must have both {} and {}",
+            meta::AGENT,
+            meta::IDENTITY
+        )),
+    }
+}
+
+/// (service port, whether it is only an alias) under which an instance is reached: those that it names. Otherwise its
+/// own port, where somebody chose it, and whatever clients use that were told no port.
+pub(crate) fn ports(own: u16, says: &BTreeMap<String, String>) -> Vec<(Option<u16>, bool)> {
+    let number = |text: &str| text.trim().parse::<u16>().ok().filter(|port| *port != 0);
+    let target = says.get(meta::TARGET).and_then(|text| number(text)).unwrap_or(own);
+    let given: BTreeSet<u16> = match says.get(meta::PORTS) {
+        Some(text) => text.split(',').filter_map(number).collect(),
+        None => BTreeSet::new(),
+    };
+    let alias = |port: u16| port == USUAL_PORT && target != USUAL_PORT;
+    if !given.is_empty() {
+        return given.into_iter().map(|port| (Some(port), alias(port))).collect();
+    }
+    let chosen = (own < DYNAMIC_PORTS).then_some((Some(own), false));
+    chosen.into_iter().chain((own != USUAL_PORT).then_some((None, true))).collect()
+}
+
+/// The service in the mesh that it says it belongs to.
+pub(crate) fn service(says: &BTreeMap<String, String>) -> Option<ServiceName> {
+    says.get(meta::SERVICE).and_then(|service| service.parse().ok())
+}
+
+/// Equal attributes are one value.
+#[derive(Debug, Default)]
+pub(crate) struct Interned(BTreeSet<Arc<Attributes>>);
+
+impl Interned {
+    pub(crate) fn of(&mut self, attributes: Attributes) -> Arc<Attributes> {
+        let attributes = Arc::new(attributes);
+        if let Some(known) = self.0.get(&attributes) {
+            return known.clone();
+        }
+        self.0.insert(attributes.clone());
+        attributes
+    }
+}

@@ -1,0 +1,162 @@
+//! A discovery that runs against a server, and what it has seen.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use mesh_agent::{
+    discovery::{self, Backend, Discovery, Figures, ecs::Source},
+    state::uses::Uses,
+};
+use mesh_core::{
+    config,
+    ecs::entries::Mesh,
+    merge::{self, Merged, Sources},
+    model::{Reach, ServicePort},
+    resolve::{self, Answer, Naming, Question},
+    services::ServiceSet,
+};
+use mesh_tests::{aws::REGION, until::until};
+use tokio::runtime::Runtime;
+
+pub(super) const LIMIT: Duration = Duration::from_secs(30);
+
+pub(super) struct Running {
+    discovery: Discovery,
+    pub(super) uses: Uses,
+    _runtime: Runtime,
+}
+
+pub(super) const REQUIRED: &str = "[identity]\ntrust_domain = \"t\"\nca_bundle = \"/x\"\njoin_token_file = \"/x\"\n";
+
+impl Running {
+    /// With a section `[discovery.cloud_map]` of these lines.
+    pub(super) fn cloud_map(address: &str, more: &str) -> Result<Self> {
+        let idle = if more.contains("idle_interval") { "" } else { "idle_interval = \"1s\"\n" };
+        let text = format!(
+            "{REQUIRED}[discovery.cloud_map]\nregion = \"{REGION}\"\nendpoint = \"{address}\"\n\
+             interval = \"1s\"\nlist_interval = \"1s\"\n{idle}{more}\n"
+        );
+        let config = config::parse(&text).map_err(|faults| anyhow::anyhow!("{faults:?}"))?;
+        Self::start(Backend::CloudMap(Arc::new(config.discovery.cloud_map.context("configured")?)))
+    }
+
+    /// With a section `[discovery.ecs]` of these lines, on a host of the cluster `demo`.
+    pub(super) fn ecs(address: &str, more: &str) -> Result<Self> {
+        let text = format!(
+            "{REQUIRED}[discovery.ecs]\nregion = \"{REGION}\"\nendpoint = \"{address}\"\n\
+             interval = \"1s\"\nslow_interval = \"2s\"\nrate = 20\n{more}\n"
+        );
+        let config = config::parse(&text).map_err(|faults| anyhow::anyhow!("{faults:?}"))?;
+        let mesh = Mesh {
+            trust_domain: config.identity.trust_domain,
+            enrol: config.enrol,
+            suffixes: vec!["mesh".into(), "my.demo".into()],
+        };
+        let ecs = config.discovery.ecs.context("configured")?;
+        let clusters = if ecs.clusters.is_empty() { vec!["demo".parse()?] } else { ecs.clusters.clone() };
+        Self::start(Backend::Ecs(Arc::new(Source { config: ecs, clusters, mesh })))
+    }
+
+    pub(super) fn start(backend: Backend) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let uses = Uses::default();
+        let discovery = runtime.block_on(async { discovery::run(vec![backend], &uses) });
+        Ok(Self { discovery, uses, _runtime: runtime })
+    }
+
+    pub(super) fn set(&self) -> ServiceSet {
+        self.discovery.sets.borrow()[0].clone()
+    }
+
+    /// Every service with its endpoints as `port address [by agent as identity]`, `*` for a port that nobody chose.
+    pub(super) fn seen(&self) -> BTreeMap<String, Vec<String>> {
+        let set = self.set();
+        let endpoint = |e: &mesh_core::services::EndpointEntry| {
+            let agent = e.agent.map(|agent| format!(" by {agent}")).unwrap_or_default();
+            let identity = e.identity.as_ref().map(|id| format!(" as {}", id.as_str())).unwrap_or_default();
+            format!("{} {}{agent}{identity}", e.port.map_or("*".into(), |port| port.to_string()), e.addr)
+        };
+        set.services.values().map(|s| (s.name.to_string(), s.endpoints.iter().map(endpoint).collect())).collect()
+    }
+
+    pub(super) fn await_seen(&self, expected: &[(&str, &[&str])]) -> Result<()> {
+        let expected: BTreeMap<String, Vec<String>> = expected
+            .iter()
+            .map(|(name, endpoints)| ((*name).to_owned(), endpoints.iter().map(|e| (*e).to_owned()).collect()))
+            .collect();
+        until(LIMIT, &format!("{expected:?}"), || {
+            let seen = self.seen();
+            Ok(if seen == expected { Ok(()) } else { Err(format!("{seen:?}; {:?}", self.error())) })
+        })
+    }
+
+    /// What a task of another host is told by DNS, and who serves each port then: `port protocol endpoint…`, with the
+    /// tunnel that leads there.
+    pub(super) fn resolved(&self, name: &str) -> Result<Vec<String>> {
+        let config = config::parse(REQUIRED).map_err(|faults| anyhow::anyhow!("{faults:?}"))?;
+        let sources = Sources {
+            sets: &[self.set()],
+            tasks: Arc::default(),
+            enrol: &config.enrol,
+            cluster: &"demo".parse()?,
+            trust_domain: &config.identity.trust_domain,
+            host: [10, 1, 1, 99].into(),
+            tunnel: ([10, 1, 1, 99], 15008).into(),
+            zone: None,
+            vips: &config.vip,
+        };
+        let snapshot = merge::merge(&Merged::default(), &sources).snapshot;
+        let suffixes = ["mesh".to_owned(), "my.demo".to_owned()];
+        let naming = Naming { suffixes: &suffixes, datacenters: &[], ttl: Duration::from_secs(5), ipv6: false };
+        let Answer::Addresses { addresses, .. } = resolve::answer(&snapshot, &naming, name, Question::A) else {
+            bail!("{name} has no address")
+        };
+        let service = addresses.first().and_then(|ip| snapshot.service_at(*ip)).context("a virtual address")?;
+        let endpoint = |it: &Arc<mesh_core::model::Endpoint>| match &it.reach {
+            Reach::Tunnel { agent } => format!("{} by {agent}", it.addr),
+            Reach::Local { .. } | Reach::Plaintext => it.addr.to_string(),
+        };
+        let port = |port: &ServicePort| {
+            let endpoints: Vec<_> = port.endpoints.iter().map(endpoint).collect();
+            format!("{} {:?} {}", port.port, port.protocol, endpoints.join(" "))
+        };
+        Ok(service.ports.iter().map(port).collect())
+    }
+
+    pub(super) fn error(&self) -> Option<String> {
+        self.discovery.status.borrow()[0].error.clone()
+    }
+
+    pub(super) fn await_error(&self, part: &str) -> Result<()> {
+        until(LIMIT, &format!("an error with `{part}`"), || {
+            let error = self.error();
+            Ok(if error.as_ref().is_some_and(|error| error.contains(part)) {
+                Ok(())
+            } else {
+                Err(format!("{error:?}"))
+            })
+        })
+    }
+
+    pub(super) fn await_well(&self) -> Result<()> {
+        until(LIMIT, "no error is left", || Ok(self.error().map_or(Ok(()), Err)))
+    }
+
+    pub(super) fn figures(&self) -> Result<Arc<Figures>> {
+        self.discovery.status.borrow()[0].figures.clone().context("it is asked over the network")
+    }
+
+    /// Waits until so many more questions have been answered.
+    pub(super) fn await_answers(&self, more: u64) -> Result<()> {
+        let figures = self.figures()?;
+        let goal = figures.answers.load(Ordering::Relaxed) + more;
+        until(LIMIT, &format!("{more} more answers"), || {
+            let now = figures.answers.load(Ordering::Relaxed);
+            Ok(if now >= goal { Ok(()) } else { Err(format!("{now} of {goal}; {:?}", self.error())) })
+        })
+    }
+}
