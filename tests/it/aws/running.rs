@@ -16,6 +16,7 @@ use mesh_core::{
     ecs::entries::Mesh,
     merge::{self, Merged, Sources},
     model::{Reach, ServicePort},
+    readiness::Gate,
     resolve::{self, Answer, Naming, Question},
     services::ServiceSet,
 };
@@ -101,6 +102,7 @@ impl Running {
         let sources = Sources {
             sets: &[self.set()],
             tasks: Arc::default(),
+            gate: &Gate::Open,
             enrol: &config.enrol,
             cluster: &"demo".parse()?,
             trust_domain: &config.identity.trust_domain,
@@ -111,7 +113,13 @@ impl Running {
         };
         let snapshot = merge::merge(&Merged::default(), &sources).snapshot;
         let suffixes = ["mesh".to_owned(), "my.demo".to_owned()];
-        let naming = Naming { suffixes: &suffixes, datacenters: &[], ttl: Duration::from_secs(5), ipv6: false };
+        let naming = Naming {
+            suffixes: &suffixes,
+            datacenters: &[],
+            vip: &config.vip,
+            ttl: Duration::from_secs(5),
+            ipv6: false,
+        };
         let Answer::Addresses { addresses, .. } = resolve::answer(&snapshot, &naming, name, Question::A) else {
             bail!("{name} has no address")
         };
