@@ -132,6 +132,7 @@ impl Control {
         if last.snapshot.generation == 0 {
             // The first image of all that there is took more than anything later will.
             memory::give_back();
+            memory::let_go_of_program();
         }
         for (map, entries) in self.reconciler.entries() {
             self.metrics.kernel_map(map, entries);
