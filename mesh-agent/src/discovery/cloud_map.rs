@@ -217,6 +217,12 @@ impl Director {
         } else if trouble.is_general() {
             self.pace.failed(now, draw);
         }
+        if let Asked::Service(key) = &asked
+            && !self.known.has(key)
+        {
+            // It left the list while it was asked for: nobody will ask again, so nothing would ever take the failure back.
+            return;
+        }
         let what = match &asked {
             Asked::Names(namespace) => {
                 if trouble.is_general() {

@@ -71,6 +71,11 @@ impl Known {
         changed
     }
 
+    /// Whether the service is in its namespace's list.
+    pub fn has(&self, key: &Key) -> bool {
+        self.services.contains_key(key)
+    }
+
     pub fn len(&self) -> usize {
         self.services.len()
     }
@@ -170,6 +175,15 @@ mod tests {
             format!("{} {}", entry.name, addresses.join(" ")).trim_end().to_owned()
         };
         set.services.values().map(one).collect()
+    }
+
+    #[test]
+    fn what_left_the_list_is_not_known() {
+        let (config, mut known) = (cloud_map(""), Known::default());
+        known.names(0, &names(&["a", "b"]), &config);
+        assert!(known.has(&key("a")));
+        known.names(0, &names(&["b"]), &config);
+        assert!(!known.has(&key("a")) && known.has(&key("b")));
     }
 
     #[test]
