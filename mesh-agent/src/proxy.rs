@@ -108,15 +108,27 @@ impl Proxy {
         })
     }
 
-    /// Keeps house until the writer of snapshots is gone: forgets endpoints that have left, closes idle upstreams,
-    /// publishes the snapshot's figures. To be spawned for each sibling.
-    pub async fn keep_house(self: Arc<Self>) {
+    /// Keeps the house that all siblings share, until the writer of snapshots is gone: forgets endpoints that have left,
+    /// publishes the snapshot's figures. To be spawned for one of them.
+    pub async fn keep_common_house(self: Arc<Self>) {
         let mut published = self.published.clone();
         loop {
             let snapshot = published.load();
             self.telemetry.metrics.snapshot(&snapshot);
             self.loads.retain_known(&snapshot);
             self.seen.retain_known(&snapshot);
+            if published.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Keeps its own house, likewise: closes upstreams that are idle or lead to who is not to be called. To be spawned for each
+    /// sibling.
+    pub async fn keep_house(self: Arc<Self>) {
+        let mut published = self.published.clone();
+        loop {
+            let snapshot = published.load();
             let healthy = |id: &EndpointId| snapshot.endpoint(id).is_some_and(|it| it.health == Health::Healthy);
             self.pool.retain(healthy);
             self.requests.retain(healthy);

@@ -11,6 +11,7 @@
 
 pub mod addr;
 pub mod aws;
+pub mod back_off;
 pub mod balance;
 pub mod cloud_map;
 pub mod config;

@@ -4,5 +4,6 @@ mod aws;
 mod consul;
 mod deploy;
 mod docker;
+mod following;
 mod kernel;
 mod netns;

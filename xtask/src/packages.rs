@@ -67,6 +67,10 @@ pub const CURL: Need = Need::program("curl", "curl", "an unmodified HTTP client"
 pub const REDIS: Need = Need::program("redis-server", "redis-server", "an unmodified TCP server and client");
 pub const REDIS_CLI: Need = Need::program("redis-tools", "redis-cli", "an unmodified TCP client");
 pub const NGINX: Need = Need::program("nginx", "nginx", "an unmodified HTTP server");
+
+/// What the hosts of a benchmark and their tasks are made of.
+pub const HOSTS: &[Need] = &[IP, IPTABLES, DNSMASQ, BUSYBOX, CURL, NGINX];
+
 pub const NGINX_STREAM: Need = Need::file(
     "libnginx-mod-stream",
     "/usr/lib/nginx/modules/ngx_stream_module.so",

@@ -57,7 +57,7 @@ pub(super) async fn run(
                 }
             }
         }
-        tokio::time::sleep(mesh_core::consul::cursor::back_off(failures, fastrand::u32(..))).await;
+        tokio::time::sleep(mesh_core::back_off::back_off(failures, fastrand::u32(..))).await;
         failures += 1;
     };
     let lists = Intervals { used: config.list_interval, idle: config.list_interval };

@@ -17,8 +17,8 @@ use std::{
 
 use mesh_core::{
     aws::pace::Pace,
+    back_off::{back_off, spread},
     config::ecs::Ecs,
-    consul::cursor::{back_off, spread},
     ecs::{
         entries::{Mesh, entries},
         model::Cluster,

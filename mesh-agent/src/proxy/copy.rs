@@ -171,6 +171,8 @@ impl Flow {
         if let (End::Tcp(stream), End::Tunnel(_)) = (&mut *from, &*to)
             && size > FIRST_READ
         {
+            // Memory is taken only when there is something to read.
+            ready!(stream.poll_read_ready(cx))?;
             let mut read = BytesMut::with_capacity(size);
             let length = ready!(pin!(stream.read_buf(&mut read)).poll(cx))?;
             if length == 0 {

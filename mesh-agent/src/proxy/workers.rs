@@ -70,6 +70,9 @@ impl Workers {
                 let _inside = runtime.enter();
                 make()?
             };
+            if number == 0 {
+                runtime.spawn(proxy.clone().keep_common_house());
+            }
             runtime.spawn(proxy.clone().keep_house());
             each.push(Worker { runtime, proxy, load: Arc::default(), _running: Some(running) });
         }

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use crate::consul::cursor::back_off;
+use crate::back_off::back_off;
 
 /// The slowest that throttling makes us: one question in so long.
 pub const SLOWEST: Duration = Duration::from_secs(5);
@@ -107,7 +107,7 @@ impl Pace {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::consul::cursor::LONGEST_BACK_OFF;
+    use crate::back_off::LONGEST;
     use proptest::prelude::*;
 
     /// What may happen between two questions.
@@ -189,7 +189,7 @@ mod tests {
             let mut now = Duration::from_secs(5);
             for event in events {
                 let at = pace.next(now);
-                prop_assert!(at <= now + LONGEST_BACK_OFF + SLOWEST);
+                prop_assert!(at <= now + LONGEST + SLOWEST);
                 now = now.max(at);
                 pace.take(now);
                 apply(&mut pace, now, event);

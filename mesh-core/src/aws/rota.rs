@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use crate::consul::cursor::{back_off, spread};
+use crate::back_off::{back_off, spread};
 
 /// A thing that no task has asked for in so long is idle.
 pub const IDLE: Duration = Duration::from_secs(300);

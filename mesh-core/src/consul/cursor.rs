@@ -5,9 +5,8 @@
 
 use std::time::Duration;
 
-/// Longest wait after failures.
-pub const LONGEST_BACK_OFF: Duration = Duration::from_secs(30);
-const FIRST_BACK_OFF: Duration = Duration::from_millis(500);
+use crate::back_off::back_off;
+
 /// Questions that one query may ask without a pause, and how fast it may go on after them: an index that does not
 /// behave must not make a busy loop.
 const BURST: u32 = 10;
@@ -74,18 +73,6 @@ impl Cursor {
     }
 }
 
-/// Between half and all of a span that doubles with each failure. `draw` is any number, drawn evenly.
-pub fn back_off(failures: u32, draw: u32) -> Duration {
-    let whole = FIRST_BACK_OFF.saturating_mul(2_u32.saturating_pow(failures.min(16))).min(LONGEST_BACK_OFF);
-    whole / 2 + spread(whole / 2, draw)
-}
-
-/// A part of `whole`: none for the lowest `draw`, nearly all for the highest.
-pub fn spread(whole: Duration, draw: u32) -> Duration {
-    let nanos = (whole.as_nanos() * u128::from(draw)) >> 32;
-    Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
-}
-
 /// How long a client must wait for the answer to a query that may block for `wait`: the server adds up to a sixteenth
 /// by itself, and needs time to answer.
 pub fn patience(wait: Duration) -> Duration {
@@ -128,14 +115,6 @@ mod tests {
     }
 
     proptest! {
-        #[test]
-        fn waits_grow_and_stay_within_bounds(failures in 0_u32..100, draw: u32) {
-            let wait = back_off(failures, draw);
-            prop_assert!(wait >= FIRST_BACK_OFF / 2 && wait <= LONGEST_BACK_OFF);
-            prop_assert!(back_off(failures + 1, draw) >= wait);
-            prop_assert!(back_off(failures, u32::MAX) <= back_off(failures, 0) * 2);
-        }
-
         #[test]
         fn an_index_is_never_zero_nor_older_than_the_answer(indexes in prop::collection::vec(any::<Option<u64>>(), 0..20)) {
             let mut cursor = Cursor::default();

@@ -1,16 +1,13 @@
 //! A discovery that runs against a server, and what it has seen.
 
 use std::{
-    collections::BTreeMap,
+    ops::Deref,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
-use mesh_agent::{
-    discovery::{self, Backend, Discovery, Figures, ecs::Source},
-    state::uses::Uses,
-};
+use mesh_agent::discovery::{Backend, ecs::Source};
 use mesh_core::{
     config,
     ecs::entries::Mesh,
@@ -18,17 +15,23 @@ use mesh_core::{
     model::{Reach, ServicePort},
     readiness::Gate,
     resolve::{self, Answer, Naming, Question},
-    services::ServiceSet,
+    services::EndpointEntry,
 };
 use mesh_tests::{aws::REGION, until::until};
-use tokio::runtime::Runtime;
+
+use crate::following::Following;
 
 pub(super) const LIMIT: Duration = Duration::from_secs(30);
 
-pub(super) struct Running {
-    discovery: Discovery,
-    pub(super) uses: Uses,
-    _runtime: Runtime,
+/// What an agent learns from one server; endpoints are `port address [by agent as identity]`, `*` for a port that nobody chose.
+pub(super) struct Running(Following);
+
+impl Deref for Running {
+    type Target = Following;
+
+    fn deref(&self) -> &Following {
+        &self.0
+    }
 }
 
 pub(super) const REQUIRED: &str = "[identity]\ntrust_domain = \"t\"\nca_bundle = \"/x\"\njoin_token_file = \"/x\"\n";
@@ -62,37 +65,13 @@ impl Running {
         Self::start(Backend::Ecs(Arc::new(Source { config: ecs, clusters, mesh })))
     }
 
-    pub(super) fn start(backend: Backend) -> Result<Self> {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let uses = Uses::default();
-        let discovery = runtime.block_on(async { discovery::run(vec![backend], &uses) });
-        Ok(Self { discovery, uses, _runtime: runtime })
-    }
-
-    pub(super) fn set(&self) -> ServiceSet {
-        self.discovery.sets.borrow()[0].clone()
-    }
-
-    /// Every service with its endpoints as `port address [by agent as identity]`, `*` for a port that nobody chose.
-    pub(super) fn seen(&self) -> BTreeMap<String, Vec<String>> {
-        let set = self.set();
-        let endpoint = |e: &mesh_core::services::EndpointEntry| {
+    fn start(backend: Backend) -> Result<Self> {
+        let show = |e: &EndpointEntry| {
             let agent = e.agent.map(|agent| format!(" by {agent}")).unwrap_or_default();
             let identity = e.identity.as_ref().map(|id| format!(" as {}", id.as_str())).unwrap_or_default();
             format!("{} {}{agent}{identity}", e.port.map_or("*".into(), |port| port.to_string()), e.addr)
         };
-        set.services.values().map(|s| (s.name.to_string(), s.endpoints.iter().map(endpoint).collect())).collect()
-    }
-
-    pub(super) fn await_seen(&self, expected: &[(&str, &[&str])]) -> Result<()> {
-        let expected: BTreeMap<String, Vec<String>> = expected
-            .iter()
-            .map(|(name, endpoints)| ((*name).to_owned(), endpoints.iter().map(|e| (*e).to_owned()).collect()))
-            .collect();
-        until(LIMIT, &format!("{expected:?}"), || {
-            let seen = self.seen();
-            Ok(if seen == expected { Ok(()) } else { Err(format!("{seen:?}; {:?}", self.error())) })
-        })
+        Following::start(backend, LIMIT, show).map(Self)
     }
 
     /// What a task of another host is told by DNS, and who serves each port then: `port protocol endpoint…`, with the
@@ -135,27 +114,8 @@ impl Running {
         Ok(service.ports.iter().map(port).collect())
     }
 
-    pub(super) fn error(&self) -> Option<String> {
-        self.discovery.status.borrow()[0].error.clone()
-    }
-
-    pub(super) fn await_error(&self, part: &str) -> Result<()> {
-        until(LIMIT, &format!("an error with `{part}`"), || {
-            let error = self.error();
-            Ok(if error.as_ref().is_some_and(|error| error.contains(part)) {
-                Ok(())
-            } else {
-                Err(format!("{error:?}"))
-            })
-        })
-    }
-
     pub(super) fn await_well(&self) -> Result<()> {
         until(LIMIT, "no error is left", || Ok(self.error().map_or(Ok(()), Err)))
-    }
-
-    pub(super) fn figures(&self) -> Result<Arc<Figures>> {
-        self.discovery.status.borrow()[0].figures.clone().context("it is asked over the network")
     }
 
     /// Waits until so many more questions have been answered.

@@ -1,33 +1,27 @@
 //! What an agent learns from Consul: names, health, tags, weights, and what it keeps while Consul is away.
 
 use std::{
-    collections::BTreeMap,
+    ops::Deref,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
-use mesh_agent::{
-    discovery::{self, Backend, Discovery},
-    state::uses::Uses,
-};
-use mesh_core::{config, services::ServiceSet};
+use mesh_agent::discovery::Backend;
+use mesh_core::{config, services::EndpointEntry};
 use mesh_tests::{
     consul::{Server, certificates, free_port},
     tier::{Tier, figure, require},
     until::until,
 };
 use serde_json::json;
-use tokio::runtime::Runtime;
+
+use crate::following::Following;
 
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// A discovery that runs against a server.
-pub(super) struct Running {
-    discovery: Discovery,
-    uses: Uses,
-    _runtime: Runtime,
-}
+/// What an agent learns from one server; endpoints are `port address weight`.
+pub(super) struct Running(Following);
 
 impl Running {
     pub(super) fn start(address: &str, more: &str) -> Result<Self> {
@@ -37,49 +31,18 @@ impl Running {
         );
         let config = config::parse(&text).map_err(|faults| anyhow::anyhow!("{faults:?}"))?;
         let consul = Arc::new(config.discovery.consul.context("configured")?);
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let uses = Uses::default();
-        let discovery = runtime.block_on(async { discovery::run(vec![Backend::Consul(consul)], &uses) });
-        Ok(Self { discovery, uses, _runtime: runtime })
-    }
-
-    fn set(&self) -> ServiceSet {
-        self.discovery.sets.borrow()[0].clone()
-    }
-
-    /// Every service but Consul's own, with its endpoints as `port address weight`.
-    fn seen(&self) -> BTreeMap<String, Vec<String>> {
-        let set = self.set();
-        let endpoint = |e: &mesh_core::services::EndpointEntry| {
+        let show = |e: &EndpointEntry| {
             format!("{} {} {}", e.port.map_or("*".into(), |port| port.to_string()), e.addr, e.weight)
         };
-        set.services.values().map(|s| (s.name.to_string(), s.endpoints.iter().map(endpoint).collect())).collect()
+        Following::start(Backend::Consul(consul), LIMIT, show).map(Self)
     }
+}
 
-    pub(super) fn await_seen(&self, expected: &[(&str, &[&str])]) -> Result<()> {
-        let expected: BTreeMap<String, Vec<String>> = expected
-            .iter()
-            .map(|(name, endpoints)| ((*name).to_owned(), endpoints.iter().map(|e| (*e).to_owned()).collect()))
-            .collect();
-        until(LIMIT, &format!("{expected:?}"), || {
-            let seen = self.seen();
-            Ok(if seen == expected { Ok(()) } else { Err(format!("{seen:?}; {:?}", self.error())) })
-        })
-    }
+impl Deref for Running {
+    type Target = Following;
 
-    pub(super) fn error(&self) -> Option<String> {
-        self.discovery.status.borrow()[0].error.clone()
-    }
-
-    fn await_error(&self, part: &str) -> Result<()> {
-        until(LIMIT, &format!("an error with `{part}`"), || {
-            let error = self.error();
-            Ok(if error.as_ref().is_some_and(|error| error.contains(part)) {
-                Ok(())
-            } else {
-                Err(format!("{error:?}"))
-            })
-        })
+    fn deref(&self) -> &Following {
+        &self.0
     }
 }
 
@@ -206,7 +169,7 @@ fn many_services_take_few_connections() -> Result<()> {
         })
     };
     count(12)?;
-    let figures = running.discovery.status.borrow()[0].figures.clone().context("Consul has figures")?;
+    let figures = running.figures()?;
     let watches = figures.watches.load(std::sync::atomic::Ordering::Relaxed);
     // The services', the list, and the two that tell whose health has changed.
     ensure!(watches == 3 + 1 + 2, "{watches}");

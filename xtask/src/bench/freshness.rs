@@ -11,16 +11,8 @@ use crate::{archive, packages, workspace};
 
 /// Installs and builds everything, and tells the benchmark where it is. An agent that `MESH_AGENT` names is taken as it is.
 pub fn prepare(bench: &mut Command) -> Result<()> {
-    packages::ensure(&[
-        packages::IP,
-        packages::IPTABLES,
-        packages::DNSMASQ,
-        packages::BUSYBOX,
-        packages::CURL,
-        packages::DOCKER,
-        packages::TCPDUMP,
-        packages::NGINX,
-    ])?;
+    packages::ensure(packages::HOSTS)?;
+    packages::ensure(&[packages::DOCKER, packages::TCPDUMP])?;
     bench.env("MESH_CONSUL", archive::CONSUL.fetch(&workspace::target())?);
     if env::var_os("MESH_AGENT").is_none() {
         bench.env("MESH_AGENT", peers::agent()?);

@@ -27,18 +27,8 @@ pub fn prepare(bench: &mut Command) -> Result<()> {
 
 /// What the hosts, their tasks and our own agents need, without any peer.
 pub fn prepare_alone(bench: &mut Command) -> Result<()> {
-    packages::ensure(&[
-        packages::IP,
-        packages::IPTABLES,
-        packages::DNSMASQ,
-        packages::BUSYBOX,
-        packages::CURL,
-        packages::NGINX,
-        packages::WRK,
-        packages::H2LOAD,
-        packages::NGHTTPD,
-        packages::IPERF,
-    ])?;
+    packages::ensure(packages::HOSTS)?;
+    packages::ensure(&[packages::WRK, packages::H2LOAD, packages::NGHTTPD, packages::IPERF])?;
     bench.env("MESH_AGENT", agent()?);
     Ok(())
 }

@@ -12,10 +12,10 @@ use std::{
 };
 
 use mesh_core::{
+    back_off::back_off,
     config::discovery::{Consul, Registration as Config},
     consul::{
         answer,
-        cursor::back_off,
         registration::{self, Action, Registration},
     },
     task::Task,

@@ -9,10 +9,11 @@ use std::{
 };
 
 use mesh_core::{
+    back_off::spread,
     config::discovery::Consul,
     consul::{
         answer::{self, Instances, Names},
-        cursor::{Cursor, Moved, spread},
+        cursor::{Cursor, Moved},
         known::Key,
     },
 };
