@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, ExitCode},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -31,6 +31,8 @@ use mesh_benches::{
 
 /// Tasks of the host whose idle agent is weighed.
 const CROWD: usize = 50;
+/// An agent is idle when its memory has stayed the same for so long.
+const AT_REST: Duration = Duration::from_secs(10);
 
 #[derive(clap::Parser)]
 #[command(about = "Measures ecs-mesh beside what a user could install instead")]
@@ -119,12 +121,14 @@ fn run(args: &Args) -> Result<Vec<String>> {
     let subjects = subject::all(&topology, &agents, &running)?;
     println!("Checking that each encrypts and verifies …");
     let proofs = prove(&topology, &programs, &subjects, &running, (&trusted, &stranger), &mut faults);
+    let pids = agents.pids()?;
+    println!("FIGURE memory.pair_start_peak {:.1} MB", usage::high_water(&pids) as f64 / 1e6);
+    usage::forget_high_water(&pids)?;
     println!("Measuring: {rounds} rounds of {seconds} s …");
     let table = rounds::measure(&topology, &subjects, &works, (rounds, seconds), |line| println!("{line}"));
     if table.failures() > 0 {
         faults.push(format!("{} measurements are broken; they are marked above", table.failures()));
     }
-    let pids = agents.pids()?;
     let pair_peak = Some(usage::high_water(&pids) as f64);
     println!("FIGURE memory.pair_anonymous_after_load {:.1} MB", usage::anonymous(&pids) as f64 / 1e6);
     let versions = versions(&topology, &programs);
@@ -217,14 +221,15 @@ fn weigh_idle(topology: &Topology, agents: Agents) -> Result<f64> {
     let agents = agents.restart_first(topology, CROWD)?;
     let pids = agents.pids()?;
     // What start-up needed is given back after a while; a figure is what no longer changes.
-    let mut last = usage::resident(&pids);
-    for _ in 0..20 {
+    let mut resident = usage::resident(&pids);
+    let mut since = Instant::now();
+    let limit = Instant::now() + Duration::from_secs(60);
+    while since.elapsed() < AT_REST && Instant::now() < limit {
         thread::sleep(Duration::from_millis(500));
         let now = usage::resident(&pids);
-        if now.abs_diff(last) * 200 < last {
-            break;
+        if now.abs_diff(resident) * 200 >= resident {
+            (resident, since) = (now, Instant::now());
         }
-        last = now;
     }
     let idle = usage::resident(&pids) as f64;
     println!("FIGURE memory.idle_anonymous {:.1} MB", usage::anonymous(&pids) as f64 / 1e6);

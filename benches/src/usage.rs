@@ -62,7 +62,18 @@ fn pss_of(rollup: &str) -> Option<u64> {
     Some(line.split_whitespace().next()?.parse::<u64>().ok()? << 10)
 }
 
-/// The most that any of the processes ever held, added up, in bytes; shared pages count for each.
+/// Lets the kernel begin anew with what it remembers as the most that each of the processes held (proc_pid_clear_refs(5)).
+///
+/// # Errors
+/// One of them has ended.
+pub fn forget_high_water(pids: &BTreeSet<u32>) -> Result<()> {
+    pids.iter().try_for_each(|pid| {
+        let file = format!("/proc/{pid}/clear_refs");
+        fs::write(&file, "5").with_context(|| format!("cannot write {file}"))
+    })
+}
+
+/// The most that each of the processes held since it began or [`forget_high_water`], added up, in bytes; shared pages count for each.
 #[must_use]
 pub fn high_water(pids: &BTreeSet<u32>) -> u64 {
     pids.iter().filter_map(|pid| status(*pid, "VmHWM:")).sum()
@@ -212,6 +223,8 @@ mod tests {
         let own = tree(std::process::id());
         assert!(own.contains(&std::process::id()));
         assert!(memory(&own) > 1 << 16, "{}", memory(&own));
+        assert!(high_water(&own) >= 1 << 16);
+        forget_high_water(&own).unwrap();
         assert!(high_water(&own) >= 1 << 16);
     }
 }

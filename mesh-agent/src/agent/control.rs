@@ -30,6 +30,9 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
+/// When nothing has changed for so long, the start is over.
+const SETTLED: Duration = Duration::from_secs(2);
+
 /// Everything that the loop needs, and nothing that it shares but what it publishes.
 pub(super) struct Control {
     pub config: Arc<Config>,
@@ -58,6 +61,7 @@ impl Control {
         let path = self.config.host.state_dir.join("vips.json");
         self.merged = Merged::beginning(vip_file::load(&path), self.reconciler.numbers());
         self.publisher.replace(self.merged.snapshot.clone());
+        let mut starting = true;
         loop {
             // With tens of thousands of endpoints, the first turn takes long: connections must not wait for it.
             let again = block_in_place(|| self.turn(&path));
@@ -67,6 +71,9 @@ impl Control {
                     None => std::future::pending().await,
                 }
             };
+            let settles = starting && self.armed.borrow().is_some();
+            let settled =
+                async { if settles { tokio::time::sleep(SETTLED).await } else { std::future::pending().await } };
             tokio::select! {
                 changed = self.tasks.changed() => match changed {
                     Ok(()) => self.reconciler.hurry(),
@@ -81,6 +88,12 @@ impl Control {
                 // Also when the sender is gone: then the agent is stopping too.
                 _ = stop.wait_for(|stop| *stop) => break,
                 () = retry => {}
+                () = settled => {
+                    // The first image of all that there is, and arming every task that was there, took more than anything later will.
+                    starting = false;
+                    block_in_place(memory::give_back);
+                    memory::let_go_of_program();
+                }
             }
         }
         self.reconciler
@@ -130,9 +143,8 @@ impl Control {
         }
         let again = self.reconciler.turn(&sources.tasks, snapshot);
         if last.snapshot.generation == 0 {
-            // The first image of all that there is took more than anything later will.
+            // Of a large document there is nothing left now but the snapshot.
             memory::give_back();
-            memory::let_go_of_program();
         }
         for (map, entries) in self.reconciler.entries() {
             self.metrics.kernel_map(map, entries);

@@ -4,6 +4,7 @@
 //! Knows the snapshot's readers and the core's answers; must not know a message's bytes.
 
 use std::{
+    cell::RefCell,
     io,
     net::SocketAddr,
     sync::{
@@ -108,29 +109,41 @@ enum Step {
     Ignore,
 }
 
+thread_local! {
+    /// Room for the datagram that is being looked at: there are two sockets for each task, and most are silent.
+    static DATAGRAM: RefCell<Vec<u8>> = RefCell::new(vec![0; wire::TCP_MOST]);
+}
+
 async fn datagrams(shared: Arc<Shared>, socket: Arc<UdpSocket>) {
     let mut under_way = JoinSet::new();
     let mut copies = Copies::default();
-    let mut buffer = vec![0; wire::TCP_MOST];
     loop {
-        let (bytes, peer) = tokio::select! {
-            received = socket.recv_from(&mut buffer) => match received {
-                Ok((length, peer)) => (buffer.get(..length).unwrap_or_default(), peer),
-                Err(error) => {
-                    debug!(%error, "dns datagram not received");
-                    sleep(BREATH).await;
-                    continue;
-                }
-            },
+        tokio::select! {
+            // An error is seen again by who reads.
+            _ready = socket.readable() => {}
             Some(_) = under_way.join_next() => continue,
+        }
+        let received = DATAGRAM.with_borrow_mut(|buffer| {
+            let (length, peer) = socket.try_recv_from(buffer)?;
+            let bytes = buffer.get(..length).unwrap_or_default();
+            let step = shared.step(bytes, Transport::Udp);
+            let bytes: Option<Arc<[u8]>> = matches!(step, Step::Forward(..)).then(|| bytes.into());
+            Ok::<_, io::Error>((step, bytes, peer))
+        });
+        let (step, bytes, peer) = match received {
+            Ok(received) => received,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(error) => {
+                debug!(%error, "dns datagram not received");
+                sleep(BREATH).await;
+                continue;
+            }
         };
-        match shared.step(bytes, Transport::Udp) {
-            Step::Say(reply) => say(&socket, &reply, peer).await,
-            Step::Ignore => {}
-            Step::Forward(query, slot) => {
+        match (step, bytes) {
+            (Step::Say(reply), _) => say(&socket, &reply, peer).await,
+            (Step::Forward(query, slot), Some(bytes)) => {
                 // At once: with its next query the client may ask another resolver from the same port.
                 let mut original = shared.context.originals.find(Transport::Udp, peer);
-                let bytes: Arc<[u8]> = bytes.into();
                 if shared.context.fallback.len() > 1 {
                     let before = copies.before(peer, &bytes, Instant::now());
                     original = original.map(|asked| shared.other_than(asked, before));
@@ -142,6 +155,7 @@ async fn datagrams(shared: Arc<Shared>, socket: Arc<UdpSocket>) {
                     drop(slot);
                 });
             }
+            (Step::Ignore | Step::Forward(..), _) => {}
         }
     }
 }

@@ -29,6 +29,7 @@ use super::{
     Proxy, copy,
     detect::{self, Verdict},
     http::{http1, http2},
+    loads::InFlight,
     route::{self, Route, Upstream},
     seen::Spoke,
     wire::{self, Wire},
@@ -97,7 +98,8 @@ pub async fn serve(workers: Arc<Workers>, listener: Acceptor, place: Place, mut 
         match accepted {
             Ok((client, peer)) => {
                 let place = place.clone();
-                workers.spawn(&mut connections, |proxy| async move {
+                workers.spawn(&mut connections, |proxy, busy| async move {
+                    let _busy = busy;
                     match TcpStream::from_std(client) {
                         Ok(client) => carry(proxy, place, client, peer).await,
                         Err(error) => tracing::warn!(%error, "cannot watch a connection"),
@@ -116,31 +118,37 @@ pub async fn serve(workers: Arc<Workers>, listener: Acceptor, place: Place, mut 
 
 async fn carry(proxy: Arc<Proxy>, place: Arc<Place>, client: TcpStream, peer: SocketAddr) {
     let _live = proxy.live();
-    let route = match route(&proxy, &place, peer) {
-        Ok(route) => Arc::new(route),
+    let Some((route, client)) = routed(&proxy, &place, client, peer) else { return };
+    let _open =
+        proxy.telemetry.metrics.open(Direction::Outbound, route.source.service.as_str(), route.service.name.as_str());
+    let protocol = route.service.ports.iter().find(|port| port.id == route.port_id).map(|port| port.protocol);
+    let client = Wire::tcp(client);
+    // Each on its own piece of heap: a byte stream would otherwise be as large as the largest of them for all its life.
+    match protocol.unwrap_or(Spoken::Tcp) {
+        Spoken::Tcp => stream(&route, client, None).await,
+        Spoken::Http | Spoken::Http2 | Spoken::Grpc => match Box::pin(begins_http2(&route, client)).await {
+            (false, client) => Box::pin(http1::serve(route, client, None)).await,
+            (true, client) => Box::pin(http2::serve(route, client, None)).await,
+        },
+        Spoken::Auto => match Box::pin(detect(&route, client)).await {
+            Detected::Http(client, spare) => Box::pin(http1::serve(route, client, spare)).await,
+            Detected::Http2(client, spare) => Box::pin(http2::serve(route, client, spare)).await,
+            Detected::Stream(client, opened) => stream(&route, client, Some(opened)).await,
+        },
+    }
+}
+
+/// As [`route`]; what is refused is reset and recorded.
+fn routed(proxy: &Arc<Proxy>, place: &Place, client: TcpStream, peer: SocketAddr) -> Option<(Arc<Route>, TcpStream)> {
+    match route(proxy, place, peer) {
+        Ok(route) => Some((Arc::new(route), client)),
         Err(mut access) => {
             // Before the record is dropped: nobody who sees the record may find the connection still open.
             wire::reset(&client);
             drop(client);
             access.outcome = Outcome::Refused;
-            return;
+            None
         }
-    };
-    let _open =
-        proxy.telemetry.metrics.open(Direction::Outbound, route.source.service.as_str(), route.service.name.as_str());
-    let protocol = route.service.ports.iter().find(|port| port.id == route.port_id).map(|port| port.protocol);
-    let client = Wire::tcp(client);
-    match protocol.unwrap_or(Spoken::Tcp) {
-        Spoken::Tcp => stream(&route, client, None).await,
-        Spoken::Http | Spoken::Http2 | Spoken::Grpc => match begins_http2(&route, client).await {
-            (false, client) => http1::serve(route, client, None).await,
-            (true, client) => http2::serve(route, client, None).await,
-        },
-        Spoken::Auto => match detect(&route, client).await {
-            Detected::Http(client, spare) => http1::serve(route, client, spare).await,
-            Detected::Http2(client, spare) => http2::serve(route, client, spare).await,
-            Detected::Stream(client, opened) => stream(&route, client, opened).await,
-        },
     }
 }
 
@@ -187,18 +195,29 @@ fn route(proxy: &Arc<Proxy>, place: &Place, peer: SocketAddr) -> Result<Route, B
 /// An upstream that was opened ahead, with the record that it was noted in; or why there is none.
 struct Opened(Box<Access>, Result<Upstream, Refusal>);
 
-/// Carries a byte stream.
-async fn stream(route: &Route, client: Wire, opened: Option<Opened>) {
-    let Opened(mut access, upstream) = match opened {
+impl Opened {
+    async fn now(route: &Route) -> Box<Self> {
+        let mut access = Box::new(route.record(Protocol::Tcp));
+        let upstream = route.open(&mut access).await;
+        Box::new(Self(access, upstream))
+    }
+
+    /// What a stream needs of it for the rest of its life.
+    fn for_bytes(self) -> (Box<Access>, Result<(Wire, InFlight), Refusal>) {
+        let Self(access, upstream) = self;
+        (access, upstream.map(|Upstream { wire, in_flight, plan: _ }| (wire, in_flight)))
+    }
+}
+
+/// Carries a byte stream. What an idle one holds is this future, so it holds no more than that needs.
+async fn stream(route: &Route, client: Wire, opened: Option<Box<Opened>>) {
+    let opened = match opened {
         Some(opened) => opened,
-        None => {
-            let mut access = Box::new(route.record(Protocol::Tcp));
-            let upstream = route.open(&mut access).await;
-            Opened(access, upstream)
-        }
+        None => Box::pin(Opened::now(route)).await,
     };
+    let (mut access, upstream) = opened.for_bytes();
     match upstream {
-        Ok(Upstream { wire, in_flight, plan: _ }) => {
+        Ok((wire, in_flight)) => {
             access.outcome = copy::both_ways(client, wire, &access.counts.clone()).await;
             drop(in_flight);
         }
@@ -230,7 +249,7 @@ async fn begins_http2(route: &Route, mut client: Wire) -> (bool, Wire) {
 enum Detected {
     Http(Wire, Option<Upstream>),
     Http2(Wire, Option<Upstream>),
-    Stream(Wire, Option<Opened>),
+    Stream(Wire, Box<Opened>),
 }
 
 /// Listens to both sides until it is clear what is spoken.
@@ -253,7 +272,7 @@ async fn detect(route: &Route, mut client: Wire) -> Detected {
         }
         note(Spoke::ClientFirst);
         let upstream = route.open(&mut access).await;
-        return Detected::Stream(client, Some(Opened(access, upstream)));
+        return Detected::Stream(client, Box::new(Opened(access, upstream)));
     }
 
     // The client, while the upstream is being opened.
@@ -278,7 +297,7 @@ async fn detect(route: &Route, mut client: Wire) -> Detected {
             access.discard();
             return Detected::requests(heard.unwrap_or(Heard::Other), client.rewound(said.freeze()), None);
         }
-        Some(Err(refusal)) => return Detected::Stream(client, Some(Opened(access, Err(refusal)))),
+        Some(Err(refusal)) => return Detected::Stream(client, Box::new(Opened(access, Err(refusal)))),
         Some(Ok(upstream)) => upstream,
     };
 
@@ -301,7 +320,7 @@ async fn detect(route: &Route, mut client: Wire) -> Detected {
         Some(Heard::Other) => note(Spoke::ClientFirst),
         None => note(Spoke::ServerFirst),
     }
-    Detected::Stream(client, Some(Opened(access, Ok(upstream))))
+    Detected::Stream(client, Box::new(Opened(access, Ok(upstream))))
 }
 
 /// Waits until a server has spoken first. HTTP/2 servers do so too, without waiting for anybody; what follows then is

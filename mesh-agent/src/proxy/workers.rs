@@ -51,8 +51,8 @@ struct Worker {
     _running: Option<oneshot::Sender<()>>,
 }
 
-/// Counts on a worker until it is dropped.
-struct Busy(Arc<AtomicUsize>);
+/// Counts on a worker until it is dropped, which the future of a connection does at its end.
+pub(crate) struct Busy(Arc<AtomicUsize>);
 
 impl Workers {
     /// Starts `count` threads, at least one; `make` gives each its proxy, and is called within its runtime.
@@ -86,20 +86,16 @@ impl Workers {
         Arc::new(Self { each: vec![worker] })
     }
 
-    /// Carries a connection on the worker that has the fewest; it is cut when `set` is dropped.
-    pub(crate) fn spawn<F>(&self, set: &mut JoinSet<()>, carry: impl FnOnce(Arc<Proxy>) -> F)
+    /// Carries a connection on the worker that has the fewest; it is cut when `set` is dropped. The future is as large as the
+    /// memory that an idle connection takes, and would be twice as large wrapped in another: it keeps the [`Busy`] itself.
+    pub(crate) fn spawn<F>(&self, set: &mut JoinSet<()>, carry: impl FnOnce(Arc<Proxy>, Busy) -> F)
     where
         F: Future<Output = ()> + Send + 'static,
     {
         let Some(worker) = self.each.iter().min_by_key(|worker| worker.load.load(Ordering::Relaxed)) else { return };
         worker.load.fetch_add(1, Ordering::Relaxed);
         let busy = Busy(worker.load.clone());
-        let carried = carry(worker.proxy.clone());
-        let carried = async move {
-            let _busy = busy;
-            carried.await;
-        };
-        set.spawn_on(carried, &worker.runtime);
+        set.spawn_on(carry(worker.proxy.clone(), busy), &worker.runtime);
     }
 
     /// Takes no new connection from now on; HTTP connections end after their present request.

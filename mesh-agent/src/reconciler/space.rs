@@ -165,7 +165,10 @@ pub async fn serve_tunnels(servers: Servers, listener: TcpListener, presents: Ar
         drain: servers.config.proxy.drain,
     };
     let spawn = |connections: &mut JoinSet<()>, arrival: Arrival| {
-        servers.workers.spawn(connections, |proxy| arrival.run(move |request| inbound::handle(proxy.clone(), request)));
+        servers.workers.spawn(connections, |proxy, busy| async move {
+            let _busy = busy;
+            arrival.run(move |request| inbound::handle(proxy.clone(), request)).await;
+        });
     };
     let served = accept::serve(listener, servers.identities.clone(), acceptance, spawn, servers.drain.clone()).await;
     if let Err(error) = served {
