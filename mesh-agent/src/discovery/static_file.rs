@@ -30,6 +30,8 @@ const QUIET: Duration = Duration::from_millis(10);
 const SETTLE: Duration = Duration::from_millis(40);
 /// The file is looked at so often even when nothing was noticed: not every file system tells.
 const LOOK: Duration = Duration::from_secs(30);
+/// After this long everybody has the new reading.
+const LOOKED_AT: Duration = Duration::from_secs(1);
 /// Links to links that are followed before giving up, as the kernel does.
 const LINKS: usize = 40;
 
@@ -113,10 +115,11 @@ impl StaticFile {
             }
             let Some((file, report)) = self.load_aside().await else { return };
             self = file;
-            if let Some(report) = report
-                && reports.send(report).await.is_err()
-            {
-                return;
+            if let Some(report) = report {
+                if reports.send(report).await.is_err() {
+                    return;
+                }
+                tokio::spawn(forget_last());
             }
             let look = Instant::now() + LOOK;
             tokio::select! {
@@ -140,13 +143,21 @@ impl StaticFile {
             tokio::time::sleep(LOOK).await;
             let Some((file, report)) = self.load_aside().await else { return };
             self = file;
-            if let Some(report) = report
-                && reports.send(report).await.is_err()
-            {
-                return;
+            if let Some(report) = report {
+                if reports.send(report).await.is_err() {
+                    return;
+                }
+                tokio::spawn(forget_last());
             }
         }
     }
+}
+
+/// What the last reading made is let go of by everybody when the new one has been looked at. It was as large.
+async fn forget_last() {
+    tokio::time::sleep(LOOKED_AT).await;
+    // Fails only while the runtime is being stopped.
+    drop(tokio::task::spawn_blocking(memory::give_back).await);
 }
 
 fn fingerprint(text: &str) -> [u8; 32] {

@@ -14,7 +14,7 @@
 //! then on both sides are listened to. A client that stops in the middle of something like a request line is given up
 //! as HTTP after [`PAUSE`]. Must not know how requests are carried, nor bytes.
 
-use std::{future::poll_fn, net::SocketAddr, sync::Arc, time::Duration};
+use std::{future::poll_fn, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::BytesMut;
 use mesh_common::refusal::Refusal;
@@ -123,18 +123,24 @@ async fn carry(proxy: Arc<Proxy>, place: Arc<Place>, client: TcpStream, peer: So
         proxy.telemetry.metrics.open(Direction::Outbound, route.source.service.as_str(), route.service.name.as_str());
     let protocol = route.service.ports.iter().find(|port| port.id == route.port_id).map(|port| port.protocol);
     let client = Wire::tcp(client);
-    // Each on its own piece of heap: a byte stream would otherwise be as large as the largest of them for all its life.
+    // Each on its own piece of heap: every connection would otherwise be as large as the largest of them for all its life.
     match protocol.unwrap_or(Spoken::Tcp) {
-        Spoken::Tcp => stream(&route, client, None).await,
-        Spoken::Http | Spoken::Http2 | Spoken::Grpc => match Box::pin(begins_http2(&route, client)).await {
-            (false, client) => Box::pin(http1::serve(route, client, None)).await,
-            (true, client) => Box::pin(http2::serve(route, client, None)).await,
-        },
-        Spoken::Auto => match Box::pin(detect(&route, client)).await {
-            Detected::Http(client, spare) => Box::pin(http1::serve(route, client, spare)).await,
-            Detected::Http2(client, spare) => Box::pin(http2::serve(route, client, spare)).await,
-            Detected::Stream(client, opened) => stream(&route, client, Some(opened)).await,
-        },
+        Spoken::Tcp => Box::pin(stream(&route, client, None)).await,
+        Spoken::Http | Spoken::Http2 | Spoken::Grpc => {
+            let begins = Box::pin(begins_http2(&route, client)).await;
+            match begins {
+                (false, client) => Box::pin(http1::serve(route, client, None)).await,
+                (true, client) => Box::pin(http2::serve(route, client, None)).await,
+            }
+        }
+        Spoken::Auto => {
+            let detected = Box::pin(detect(&route, client)).await;
+            match detected {
+                Detected::Http(client, spare) => Box::pin(http1::serve(route, client, spare)).await,
+                Detected::Http2(client, spare) => Box::pin(http2::serve(route, client, spare)).await,
+                Detected::Stream(client, opened) => Box::pin(stream(&route, client, Some(opened))).await,
+            }
+        }
     }
 }
 
@@ -233,17 +239,23 @@ async fn begins_http2(route: &Route, mut client: Wire) -> (bool, Wire) {
     let mut said = BytesMut::new();
     let mut drain = route.proxy.drain.subscribe();
     let http2 = loop {
-        match detect::begins_http2(&said) {
-            Some(http2) => break http2,
-            None => said.reserve(FIRST_READ),
+        if let Some(http2) = detect::begins_http2(&said) {
+            break http2;
         }
         tokio::select! {
             // A client that says no more, or is broken, is for the server of HTTP/1.1 to end.
-            read = client.read_buf(&mut said) => if matches!(read, Ok(0) | Err(_)) { break false },
+            read = read(&mut client, &mut said) => if matches!(read, Ok(0) | Err(_)) { break false },
             _ = drain.wait_for(|drain| *drain) => break false,
         }
     };
     (http2, client.rewound(said.freeze()))
+}
+
+/// Adds to `said` what the client says next. Cancelling loses nothing. One that is silent costs no room.
+async fn read(client: &mut Wire, said: &mut BytesMut) -> io::Result<usize> {
+    poll_fn(|cx| client.poll_readable(cx)).await;
+    said.reserve(FIRST_READ);
+    client.read_buf(said).await
 }
 
 enum Detected {
@@ -271,14 +283,14 @@ async fn detect(route: &Route, mut client: Wire) -> Detected {
             return Detected::requests(heard, client, None);
         }
         note(Spoke::ClientFirst);
-        let upstream = route.open(&mut access).await;
+        let upstream = Box::pin(route.open(&mut access)).await;
         return Detected::Stream(client, Box::new(Opened(access, upstream)));
     }
 
     // The client, while the upstream is being opened.
     let mut heard = None;
     let opened = {
-        let mut opening = std::pin::pin!(route.open(&mut access));
+        let mut opening = Box::pin(route.open(&mut access));
         loop {
             tokio::select! {
                 opened = &mut opening => break Some(opened),
@@ -366,8 +378,7 @@ async fn hear(client: &mut Wire, said: &mut BytesMut) -> Heard {
             Verdict::More => {}
         }
         let begun = !said.is_empty();
-        said.reserve(FIRST_READ);
-        let read = client.read_buf(said);
+        let read = read(client, said);
         let read = if begun {
             match tokio::time::timeout(PAUSE, read).await {
                 Ok(read) => read,

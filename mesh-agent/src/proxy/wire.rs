@@ -98,6 +98,15 @@ impl Wire {
         }
     }
 
+    /// Whether a read would bring something, as far as is known without trying: so that who waits for it need not hold memory for it.
+    pub(super) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
+        match &self.socket {
+            // Errors are readiness too: the next read tells.
+            Socket::Tcp(stream) if self.early.is_empty() => stream.poll_read_ready(cx).map(drop),
+            Socket::Tcp(_) | Socket::Tunnel(_) => Poll::Ready(()),
+        }
+    }
+
     /// Whether the peer has sent something, or ended: without taking it. Tunnels answer through `early`.
     pub(super) fn poll_speaks(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if !self.early.is_empty() {
