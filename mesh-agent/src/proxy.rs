@@ -16,6 +16,7 @@ mod http;
 mod loads;
 mod route;
 mod seen;
+mod taken;
 mod wire;
 
 #[cfg(test)]

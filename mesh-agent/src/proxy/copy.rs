@@ -9,6 +9,7 @@
 //! direction:  open ──read EOF──► shut down the other side ──► ended
 //!             open ──read fails──► reset both                (the source is gone: nobody is left to read)
 //!             open ──write fails──► failed; the opposite direction drains what had been sent, then both are reset
+//!             open ──read EOF, and the other agent has asked what was taken──► that is settled first ([`taken`](super::taken))
 //! after EOF of a side nothing reads from it, so its errors are watched for: a reset then resets both
 //! ```
 //!
@@ -29,7 +30,10 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::wire::{self, Socket, Wire};
+use super::{
+    taken::Settling,
+    wire::{self, Socket, Wire},
+};
 use crate::{
     telemetry::{access::Counts, metrics::Outcome},
     transport::tunnel::{LARGEST_FRAME, Tunnel},
@@ -56,8 +60,8 @@ pub(super) async fn both_ways(source: Wire, destination: Wire, counts: &Counts) 
     let (source_gone, destination_gone) = (wire::gone(source.gone), wire::gone(destination.gone));
     let (mut source, mut destination) = (End::from(source.socket), End::from(destination.socket));
     let copied = poll_fn(|cx| {
-        if forth.poll(cx, &mut source, &mut destination, |n| counts.add_sent(n)).is_err()
-            || back.poll(cx, &mut destination, &mut source, |n| counts.add_received(n)).is_err()
+        if forth.poll(cx, &mut source, &mut destination, back.total, |n| counts.add_sent(n)).is_err()
+            || back.poll(cx, &mut destination, &mut source, forth.total, |n| counts.add_received(n)).is_err()
         {
             return Poll::Ready(Outcome::Reset);
         }
@@ -66,7 +70,8 @@ pub(super) async fn both_ways(source: Wire, destination: Wire, counts: &Counts) 
             (State::Ended | State::Failed, State::Ended | State::Failed) => return Poll::Ready(Outcome::Reset),
             (State::Open, _) | (_, State::Open) => {}
         }
-        if source.poll_broken(cx).is_ready() || destination.poll_broken(cx).is_ready() {
+        let settling = forth.settling.is_under_way() || back.settling.is_under_way();
+        if !settling && (source.poll_broken(cx).is_ready() || destination.poll_broken(cx).is_ready()) {
             return Poll::Ready(Outcome::Reset);
         }
         Poll::Pending
@@ -90,7 +95,9 @@ struct Flow {
     left: Bytes,
     eof: bool,
     state: State,
+    /// Octets written.
     total: u64,
+    settling: Settling,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -107,15 +114,17 @@ struct Broken;
 
 impl Flow {
     fn new(left: Bytes) -> Self {
-        Self { left, eof: false, state: State::Open, total: 0 }
+        Self { left, eof: false, state: State::Open, total: 0, settling: Settling::default() }
     }
 
-    /// Goes on as far as possible. What it waits for is registered with `cx`.
+    /// Goes on as far as possible. What it waits for is registered with `cx`. `written` is what the opposite direction has
+    /// written to `from`.
     fn poll(
         &mut self,
         cx: &mut Context<'_>,
         from: &mut End,
         to: &mut End,
+        written: u64,
         count: impl Fn(usize),
     ) -> Result<(), Broken> {
         while self.state == State::Open {
@@ -129,6 +138,12 @@ impl Flow {
                     Poll::Pending => return Ok(()),
                 }
             } else if self.eof {
+                if let (End::Listening(stream, _), End::Tunnel(tunnel)) = (&*from, &mut *to)
+                    && tunnel.is_asked()
+                {
+                    let Poll::Ready(taken) = self.settling.poll(cx, &**stream, written) else { return Ok(()) };
+                    tunnel.tell_taken(taken);
+                }
                 match to.poll_shutdown(cx) {
                     Poll::Ready(Ok(())) => self.state = State::Ended,
                     Poll::Ready(Err(_)) => self.state = State::Failed,

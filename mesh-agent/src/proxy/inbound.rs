@@ -3,10 +3,7 @@
 //! The peer is answered only when the application has taken the connection, so that a refusal reaches the caller as
 //! one. Must not know how the tunnel came about.
 
-use std::{
-    net::SocketAddr,
-    sync::{Arc, atomic::Ordering},
-};
+use std::{net::SocketAddr, sync::Arc};
 
 use mesh_common::refusal::Refusal;
 use mesh_core::{
@@ -42,15 +39,9 @@ pub async fn handle(proxy: Arc<Proxy>, request: Request) {
             let src = access.src.service.as_ref().map_or("", |name| name.as_str());
             let dst = access.dst.service.as_ref().map_or("", |name| name.as_str());
             let _open = proxy.telemetry.metrics.open(Direction::Inbound, src, dst);
-            let elsewhere = request.headers.contains_key(ELSEWHERE_HEADER);
             let denied = denied(&proxy, request.peer.clone(), request.presented.clone(), request.target);
             match request.accept() {
-                Ok(mut tunnel) => {
-                    if elsewhere {
-                        // So it is one of our agents. What the application did not take, it may send elsewhere.
-                        let counts = access.counts.clone();
-                        tunnel.tell_taken(move || counts.sent.load(Ordering::Relaxed));
-                    }
+                Ok(tunnel) => {
                     let source = Wire::new(Socket::Tunnel(Box::new(tunnel)));
                     let counts = access.counts.clone();
                     tokio::select! {

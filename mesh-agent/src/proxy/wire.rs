@@ -6,7 +6,6 @@ use std::{
     io::{self, IoSlice},
     os::fd::{AsFd as _, OwnedFd},
     pin::Pin,
-    sync::{Arc, atomic::AtomicU64},
     task::{Context, Poll},
     time::Duration,
 };
@@ -68,14 +67,6 @@ impl Wire {
         match &self.socket {
             Socket::Tcp(stream) => stream.as_fd().try_clone_to_owned().ok(),
             Socket::Tunnel(_) => None,
-        }
-    }
-
-    /// What the other agent says at its end about how much of ours its application took. `None` for a TCP socket.
-    pub(super) fn taken(&self) -> Option<Arc<AtomicU64>> {
-        match &self.socket {
-            Socket::Tcp(_) => None,
-            Socket::Tunnel(tunnel) => Some(tunnel.taken()),
         }
     }
 

@@ -1,7 +1,7 @@
 //! Sockets as the mesh needs them: made in a given namespace, marked, non-blocking, with a deep backlog.
 //!
 //! Knows nothing of what is sent over them.
-#![expect(unsafe_code, reason = "SO_NETNS_COOKIE has no safe wrapper, and AsyncFd asks for a promise")]
+#![expect(unsafe_code, reason = "SO_NETNS_COOKIE and TCP_INFO have no safe wrapper, and AsyncFd asks for a promise")]
 
 use std::{
     io,
@@ -35,6 +35,42 @@ pub(crate) fn netns_cookie() -> io::Result<u64> {
         )
     };
     if code == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// What has become of what was written to a TCP socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Acknowledged {
+    /// So many octets the other end's kernel has acknowledged.
+    pub octets: u64,
+    /// The connection is over, so there will not be more.
+    pub over: bool,
+}
+
+/// Asks for it, of a socket that has connected (not of one that was accepted).
+///
+/// # Errors
+/// It is no TCP socket.
+pub fn acknowledged(socket: &impl AsFd) -> io::Result<Acknowledged> {
+    /// `TCP_CLOSE` of <net/tcp_states.h>: reset, or ended both ways.
+    const CLOSED: u8 = 7;
+    // SAFETY: it is made of numbers, and a kernel that knows fewer leaves the others as they are.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut length = libc::socklen_t::try_from(size_of_val(&info)).map_err(io::Error::other)?;
+    // SAFETY: `info` and `length` live across the call and `length` is the size of `info`.
+    let code = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut length,
+        )
+    };
+    if code != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // The kernel counts the SYN.
+    Ok(Acknowledged { octets: info.tcpi_bytes_acked.saturating_sub(1), over: info.tcpi_state == CLOSED })
 }
 
 /// A marked, non-blocking TCP listener in the namespace that the calling thread is in.

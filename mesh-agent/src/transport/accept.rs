@@ -15,7 +15,7 @@ use crate::{
     identity::Identities,
     sys::socket::Acceptor,
     transport::{
-        REFUSAL_HEADER, h2_settings,
+        ELSEWHERE_HEADER, REFUSAL_HEADER, h2_settings,
         tls::{Presents, Secured, Tls, TlsError},
         tunnel::Tunnel,
     },
@@ -277,7 +277,9 @@ impl Request {
             .respond
             .send_response(Response::new(()), false)
             .map_err(|error| io::Error::new(io::ErrorKind::ConnectionReset, error))?;
-        Ok(Tunnel::new(self.peer, send, self.receive, None))
+        let tunnel = Tunnel::new(self.peer, send, self.receive, None);
+        // Only our agents ask to be sent elsewhere. What the application has not taken, they may send there.
+        Ok(if self.headers.contains_key(ELSEWHERE_HEADER) { tunnel.asked() } else { tunnel })
     }
 
     /// Answers with the status that HBONE has for this refusal (400, 401 or 503), and with its number for our own

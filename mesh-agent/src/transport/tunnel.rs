@@ -60,8 +60,9 @@ pub const UNTOLD: u64 = u64::MAX;
 pub struct Sending {
     stream: SendStream<Bytes>,
     ended: bool,
-    /// How much of the peer's bytes the application has taken, where the peer wants to be told at our end.
-    taken: Option<Box<dyn Fn() -> u64 + Send + Sync>>,
+    /// The peer wants to be told at our end how much of its bytes the application has taken.
+    asked: bool,
+    taken: Option<u64>,
     _lease: Option<Arc<Lease>>,
 }
 
@@ -78,13 +79,24 @@ impl Tunnel {
                 taken: Arc::new(AtomicU64::new(UNTOLD)),
                 _lease: lease.clone(),
             },
-            sending: Sending { stream: send, ended: false, taken: None, _lease: lease },
+            sending: Sending { stream: send, ended: false, asked: false, taken: None, _lease: lease },
         }
     }
 
+    /// The same, to a peer that has asked to be told how much of its bytes the application has taken.
+    pub(super) fn asked(mut self) -> Self {
+        self.sending.asked = true;
+        self
+    }
+
+    /// Whether the peer has asked for [`Tunnel::tell_taken`].
+    pub fn is_asked(&self) -> bool {
+        self.sending.asked
+    }
+
     /// Tells the peer, when our direction ends in order, how much of its bytes the application has taken.
-    pub fn tell_taken(&mut self, taken: impl Fn() -> u64 + Send + Sync + 'static) {
-        self.sending.taken = Some(Box::new(taken));
+    pub fn tell_taken(&mut self, taken: u64) {
+        self.sending.taken = Some(taken);
     }
 
     /// What the peer says at its end about how much of ours its application had taken by then; [`UNTOLD`] before, and if
@@ -240,9 +252,9 @@ impl AsyncWrite for Sending {
     fn poll_shutdown(mut self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if !self.ended {
             self.ended = true;
-            match &self.taken {
+            match self.taken {
                 Some(taken) => {
-                    let said = HeaderMap::from_iter([(TAKEN_TRAILER, taken().into())]);
+                    let said = HeaderMap::from_iter([(TAKEN_TRAILER, taken.into())]);
                     self.stream.send_trailers(said).map_err(broken)?;
                 }
                 None => self.stream.send_data(Bytes::new(), true).map_err(broken)?,

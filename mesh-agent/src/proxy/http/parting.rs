@@ -1,4 +1,5 @@
-//! An upstream connection that is left in good order: after our end, the peer's end is awaited for a moment.
+//! An upstream connection that is left in good order: after our end, the peer's end is awaited for a moment; and of which
+//! it is known at the peer's end how much the application has taken.
 //!
 //! hyper drops an idle connection as soon as it has ended its own direction. Over a tunnel that would be a reset, which the
 //! other agent would pass to the application and log as one. Must not know what is spoken over it.
@@ -14,9 +15,18 @@ use std::{
     time::Duration,
 };
 
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
 
-use crate::proxy::wire::{Socket, Wire};
+use crate::{
+    proxy::{
+        taken::Settling,
+        wire::{Socket, Wire},
+    },
+    transport::tunnel::UNTOLD,
+};
 
 /// An application that was told the end closes within this, or never.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -31,11 +41,20 @@ pub(super) struct Parting {
     ended: bool,
     /// Octets written.
     written: Arc<AtomicU64>,
+    /// Of these, how many the application had taken when it ended its direction; [`UNTOLD`] until then. The other agent
+    /// says so; of a task of this host the kernel does. `None`: nobody will.
+    taken: Option<Arc<AtomicU64>>,
+    settling: Settling,
 }
 
 impl Parting {
     pub(super) fn new(wire: Wire) -> Self {
-        Self { wire: Some(wire), shut: false, ended: false, written: Arc::default() }
+        let taken = match &wire.socket {
+            Socket::Tunnel(tunnel) => Some(tunnel.taken()),
+            Socket::Tcp(_) => wire.gone.is_some().then(|| Arc::new(AtomicU64::new(UNTOLD))),
+        };
+        let settling = Settling::default();
+        Self { wire: Some(wire), shut: false, ended: false, written: Arc::default(), taken, settling }
     }
 
     /// How many octets were written to it, also when it is gone.
@@ -43,11 +62,36 @@ impl Parting {
         self.written.clone()
     }
 
+    /// How many of them the application has taken, also when it is gone.
+    pub(super) fn taken(&self) -> Option<Arc<AtomicU64>> {
+        self.taken.clone()
+    }
+
     fn count(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         if let Poll::Ready(Ok(length)) = &written {
             self.written.fetch_add(*length as u64, Ordering::Relaxed);
         }
         written
+    }
+
+    /// The socket of which we find out ourselves how much was taken.
+    fn settles(&self) -> Option<(&TcpStream, &AtomicU64)> {
+        match &self.wire.as_ref()?.socket {
+            Socket::Tcp(stream) => Some((stream, self.taken.as_ref()?)),
+            Socket::Tunnel(_) => None,
+        }
+    }
+
+    fn poll_settle(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut settling = std::mem::take(&mut self.settling);
+        let settled = match self.settles() {
+            Some((stream, taken)) => settling
+                .poll(cx, stream, self.written.load(Ordering::Relaxed))
+                .map(|known| taken.store(known, Ordering::Relaxed)),
+            None => Poll::Ready(()),
+        };
+        self.settling = settling;
+        settled
     }
 
     /// The wire, for another protocol.
@@ -80,9 +124,12 @@ impl AsyncRead for Parting {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         let read = ready!(self.wire()?.poll_read(cx, buf));
-        if read.is_err() || (buf.filled().len() == before && buf.remaining() > 0) {
-            self.ended = true;
+        let end = read.is_ok() && buf.filled().len() == before && buf.remaining() > 0;
+        if end {
+            // Who hears of the end wants to know at once what it means.
+            ready!(self.poll_settle(cx));
         }
+        self.ended |= end || read.is_err();
         Poll::Ready(read)
     }
 }
@@ -114,5 +161,46 @@ impl AsyncWrite for Parting {
         let done = ready!(self.wire()?.poll_shutdown(cx));
         self.shut = done.is_ok();
         Poll::Ready(done)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{io::AsyncWriteExt as _, net::TcpListener};
+
+    use super::*;
+    use crate::proxy::{
+        places::{Home, Namespaces},
+        tests::soon,
+    };
+
+    /// What is known of a request when the end is read: of one that came after the application had closed, or that it read.
+    async fn known(closed_before: bool, ours: bool) -> Option<u64> {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (stream, accepted) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+        let (namespaces, task) = (Namespaces::unmarked(), "world-1".parse::<mesh_core::id::TaskId>().unwrap());
+        namespaces.put(task.clone(), Home::Host);
+        let (_, gone) = namespaces.socket_of(&task, listener.local_addr().unwrap()).unwrap();
+        let wire = Wire::tcp(stream.unwrap());
+        let mut parting = Parting::new(if ours { wire.until(gone) } else { wire });
+        let taken = parting.taken();
+        let mut app = accepted.unwrap().0;
+        if closed_before {
+            drop(app);
+            parting.write_all(b"request").await.unwrap();
+        } else {
+            parting.write_all(b"request").await.unwrap();
+            app.read_exact(&mut [0; 7]).await.unwrap();
+            drop(app);
+        }
+        assert_eq!(soon(parting.read(&mut [0; 8])).await.unwrap(), 0);
+        taken.map(|taken| taken.load(Ordering::Relaxed))
+    }
+
+    #[tokio::test]
+    async fn of_a_task_of_this_host_it_is_known_what_it_has_taken() {
+        assert_eq!(known(true, true).await, Some(0));
+        assert_eq!(known(false, true).await, Some(7));
+        assert_eq!(known(true, false).await, None, "of another host's kernel nothing is presumed");
     }
 }

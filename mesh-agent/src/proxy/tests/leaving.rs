@@ -15,7 +15,18 @@ use super::{
     two_agents::{Far, far},
     *,
 };
-use crate::transport::accept::{Acceptance, Arrival, serve};
+use crate::{
+    proxy::{
+        copy,
+        wire::{Socket, Wire},
+    },
+    telemetry::access::Counts,
+    transport::{
+        To,
+        accept::{Acceptance, Arrival, serve},
+        tunnel::Tunnel,
+    },
+};
 
 /// A server that says its name, and how many connections it got.
 async fn named(name: &'static str) -> (SocketAddr, Arc<AtomicUsize>) {
@@ -96,9 +107,11 @@ async fn the_agent_of_a_leaving_task_sends_callers_elsewhere_if_they_have_a_choi
     assert_eq!(ask(&mut sender, Method::POST).await, (200, false, "goes".into()));
 }
 
-/// Another agent in front of an application that answers one request of each connection. Of the first connection it then
-/// takes `taken` octets of the next request, and closes; the agent had been sent all of it.
-async fn one_each(identities: Identities, taken: u64) -> (SocketAddr, Arc<AtomicUsize>) {
+/// Another agent, which does `handler` with each stream.
+async fn tunnels<F>(identities: Identities, handler: impl Fn(Tunnel) -> F + Clone + Send + Sync + 'static) -> SocketAddr
+where
+    F: Future<Output = ()> + Send + 'static,
+{
     let listener = Acceptor::new(TcpListener::bind("127.0.0.1:0").await.unwrap().into_std().unwrap()).unwrap();
     let at = listener.local_addr().unwrap();
     let acceptance = Acceptance {
@@ -107,30 +120,38 @@ async fn one_each(identities: Identities, taken: u64) -> (SocketAddr, Arc<Atomic
         handshake_timeout: Duration::from_secs(5),
         drain: Duration::from_secs(1),
     };
-    let connections = Arc::new(AtomicUsize::new(0));
-    let counted = connections.clone();
     tokio::spawn(async move {
         let (_drain, draining) = watch::channel(false);
         let spawn = move |set: &mut JoinSet<()>, arrival: Arrival| {
-            let counted = counted.clone();
-            set.spawn(arrival.run(move |request| {
-                let first = counted.fetch_add(1, Ordering::Relaxed) == 0;
-                async move {
-                    let mut tunnel = request.accept().unwrap();
-                    let length = u64::try_from(until(&mut tunnel, "\r\n\r\nbody").await.len()).unwrap();
-                    tunnel.tell_taken(move || length + taken);
-                    tunnel.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nsaid").await.unwrap();
-                    if first {
-                        until(&mut tunnel, "\r\n\r\nbody").await;
-                    }
-                    tunnel.shutdown().await.unwrap();
-                    drop(rest(&mut tunnel).await);
-                }
-            }));
+            let handler = handler.clone();
+            set.spawn(arrival.run(move |request| handler(request.accept().unwrap())));
         };
         serve(listener, identities, acceptance, spawn, draining).await.unwrap();
     });
-    (at, connections)
+    at
+}
+
+const SAID: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nsaid";
+
+/// Another agent in front of an application that answers one request of each connection. Of the first connection it then
+/// takes `taken` octets of the next request, and closes; the agent had been sent all of it.
+async fn one_each(identities: Identities, taken: u64) -> (SocketAddr, Arc<AtomicUsize>) {
+    let connections = Arc::new(AtomicUsize::new(0));
+    let counted = connections.clone();
+    let at = tunnels(identities, move |mut tunnel| {
+        let first = counted.fetch_add(1, Ordering::Relaxed) == 0;
+        async move {
+            let length = u64::try_from(until(&mut tunnel, "\r\n\r\nbody").await.len()).unwrap();
+            tunnel.tell_taken(length + taken);
+            tunnel.write_all(SAID).await.unwrap();
+            if first {
+                until(&mut tunnel, "\r\n\r\nbody").await;
+            }
+            tunnel.shutdown().await.unwrap();
+            drop(rest(&mut tunnel).await);
+        }
+    });
+    (at.await, connections)
 }
 
 async fn post(sender: &mut SendRequest<Full<Bytes>>) -> u16 {
@@ -152,6 +173,70 @@ async fn a_post_that_the_application_was_not_given_is_sent_again_and_no_other() 
         assert_eq!(post(&mut sender).await, expected, "{taken} octets taken");
         assert_eq!(counted.load(Ordering::Relaxed), connections);
     }
+}
+
+/// What an agent says that its application took of `request`, which came after the application had closed, or was read and
+/// not answered.
+async fn told(closed_before: bool) -> u64 {
+    let identities = Identities::new(ca("demo.mesh"), DAY);
+    let at = tunnels(identities.clone(), move |mut tunnel| async move {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let ours = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let mut app = listener.accept().await.unwrap().0;
+        // The copy finds the request and the end there already when it begins, or the end later.
+        let request = until(&mut tunnel, "request").await;
+        let source = Wire::new(Socket::Tunnel(Box::new(tunnel))).rewound(request.into());
+        let counts = Counts::default();
+        let copied = copy::both_ways(source, Wire::tcp(ours), &counts);
+        if closed_before {
+            drop(app);
+            copied.await;
+        } else {
+            let reads = async {
+                until(&mut app, "request").await;
+                drop(app);
+            };
+            tokio::join!(copied, reads);
+        }
+    });
+    let to = To {
+        agent: at.await,
+        authority: "127.0.0.1:9".parse().unwrap(),
+        from: id("web"),
+        expect: id("world"),
+        elsewhere: true,
+    };
+    let mut tunnel = Dialer::new(identities, Settings::default()).unwrap().open(&to).await.unwrap();
+    let taken = tunnel.taken();
+    tunnel.write_all(b"request").await.unwrap();
+    assert_eq!(rest(&mut tunnel).await, b"", "the caller hears of an end in order");
+    taken.load(Ordering::Relaxed)
+}
+
+#[tokio::test]
+async fn what_an_application_was_not_given_before_its_end_is_not_taken_although_it_was_written() {
+    assert_eq!((told(true).await, told(false).await), (0, 7));
+}
+
+#[tokio::test]
+async fn a_task_of_this_host_is_not_given_twice_what_it_has_read() {
+    let posts = Arc::new(AtomicUsize::new(0));
+    let counted = posts.clone();
+    let app = server(move |mut stream| {
+        let counted = counted.clone();
+        async move {
+            until(&mut stream, "\r\n\r\nbody").await;
+            counted.fetch_add(1, Ordering::Relaxed);
+            stream.write_all(SAID).await.unwrap();
+            until(&mut stream, "\r\n\r\nbody").await;
+            counted.fetch_add(1, Ordering::Relaxed);
+        }
+    })
+    .await;
+    let agent = Agent::new(Protocol::Http, &[app]);
+    let mut sender = client_of(agent.listen().await).await;
+    assert_eq!((post(&mut sender).await, post(&mut sender).await), (200, 502));
+    assert_eq!(posts.load(Ordering::Relaxed), 2);
 }
 
 #[tokio::test]

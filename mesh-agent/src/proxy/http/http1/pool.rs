@@ -163,9 +163,9 @@ pub(super) fn give_back(proxy: &Arc<Proxy>, slot: Slot, mut sender: Sender) {
 /// # Errors
 /// The connection ended at once.
 pub(super) async fn handshake(wire: Wire) -> hyper::Result<Sender> {
-    let (gone, taken) = (wire.gone.clone(), wire.taken());
+    let gone = wire.gone.clone();
     let parting = Parting::new(wire);
-    let written = parting.written();
+    let (written, taken) = (parting.written(), parting.taken());
     let (requests, connection) =
         http1::Builder::new().preserve_header_case(true).handshake(TokioIo::new(parting)).await?;
     tokio::spawn(async move {
