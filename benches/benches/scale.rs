@@ -7,14 +7,13 @@ use std::{
     alloc::System,
     env,
     io::{self, Read as _},
-    net::{TcpListener, TcpStream},
-    path::PathBuf,
-    process::{Command, ExitCode},
+    net::{TcpListener, TcpStream, ToSocketAddrs as _},
+    process::ExitCode,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail};
-use mesh_benches::whole;
+use anyhow::{Context as _, Result};
+use mesh_benches::{program, whole};
 use mesh_core::{dataplane, merge::Merged};
 use mesh_worlds::{CASES, Case, Size, World};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
@@ -27,6 +26,10 @@ const MANY: Size = Size { services: 5000, endpoints: 10, tasks: 100 };
 /// A change is in the kernel in under this, from the moment on which it is known.
 const UPDATE_MS: f64 = 10.0;
 const RESIDENT_MB: f64 = 60.0;
+/// Beyond what Consul needs by itself, the change of an instance that a task uses is in the kernel after so long in the median.
+const BEYOND_MS: f64 = 50.0;
+/// What the kernel knows of a service that nobody used is as Consul says, so long after a task has first asked for it.
+const FIRST_USE_MS: f64 = 250.0;
 /// Between the smallest world and the largest, a decision may cost so many times as much: trees become deeper, caches
 /// are missed. A decision that looks at everything would cost a thousand times as much.
 const FLAT: f64 = 3.0;
@@ -43,11 +46,13 @@ fn main() -> ExitCode {
             Ok(bounds.0)
         }
         ["agent"] => agent_alone(),
+        ["consul"] => agent_with_consul(),
         // What this program does inside of containers.
         ["serve", port] => serve(port),
         ["open", target, count] => open(target, count),
+        ["resolve", name] => (*name, 80).to_socket_addrs().map(|_| true).map_err(anyhow::Error::from),
         other => Err(anyhow::anyhow!(
-            "`bench scale` takes nothing, or `decisions`, `update` or `agent` for a part: {other:?}"
+            "`bench scale` takes nothing, or `decisions`, `update`, `agent` or `consul` for a part: {other:?}"
         )),
     };
     match done {
@@ -64,7 +69,11 @@ fn measure(whole: bool) -> Result<bool> {
     let mut bounds = Bounds(true);
     decisions(&mut bounds)?;
     update(&mut bounds);
-    Ok(if whole { agent_alone()? && bounds.0 } else { bounds.0 })
+    if whole {
+        bounds.0 &= agent_alone()?;
+        bounds.0 &= agent_with_consul()?;
+    }
+    Ok(bounds.0)
 }
 
 fn agent_alone() -> Result<bool> {
@@ -73,10 +82,31 @@ fn agent_alone() -> Result<bool> {
         println!("SKIPPED the whole agent: {lack:#}");
         return Ok(bounds.0);
     }
-    let agent = agent()?;
+    let agent = program::agent()?;
     let found = whole::measure(&agent, &env::current_exe()?, MANY)?;
     bounds.at_most("scale_agent_resident_mb", found.of("scale_agent_resident_mb")?, RESIDENT_MB);
     bounds.at_most("scale_agent_turn_ms", found.of("scale_agent_turn_ms")?, UPDATE_MS);
+    Ok(bounds.0)
+}
+
+fn agent_with_consul() -> Result<bool> {
+    let mut bounds = Bounds(true);
+    if let Err(lack) = mesh_lab::preflight() {
+        println!("SKIPPED the whole agent with Consul: {lack:#}");
+        return Ok(bounds.0);
+    }
+    let consul = env::var_os("MESH_CONSUL")
+        .context("MESH_CONSUL names no program; start this with `cargo xtask bench scale`")?;
+    let found = whole::consul::measure(&program::agent()?, consul.as_ref(), &env::current_exe()?, MANY)?;
+    for name in ["scale_consul_resident_mb", "scale_consul_after_changes_resident_mb"] {
+        bounds.at_most(name, found.of(name)?, RESIDENT_MB);
+    }
+    for change in ["comes", "goes"] {
+        let name = format!("scale_consul_used_instance_{change}_beyond_ms");
+        bounds.at_most(&name, found.of(&name)?, BEYOND_MS);
+    }
+    let name = "scale_consul_first_use_to_kernel_ms";
+    bounds.at_most(name, found.of(name)?, FIRST_USE_MS);
     Ok(bounds.0)
 }
 
@@ -169,22 +199,6 @@ fn update(bounds: &mut Bounds) {
 fn kept(heap: &Region<'_, System>) -> f64 {
     let change = heap.change();
     change.bytes_allocated.saturating_sub(change.bytes_deallocated) as f64 / 1e3
-}
-
-/// The agent that `MESH_AGENT` names, else a release build.
-fn agent() -> Result<PathBuf> {
-    if let Some(path) = env::var_os("MESH_AGENT") {
-        return Ok(path.into());
-    }
-    let status = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-        .args(["build", "--release", "--package", "mesh-agent"])
-        .status()
-        .context("cannot start cargo")?;
-    if !status.success() {
-        bail!("the agent does not build");
-    }
-    let own = env::current_exe().context("this program has no path")?;
-    Ok(own.ancestors().nth(2).context("cargo puts benchmarks into a folder")?.join("mesh-agent"))
 }
 
 /// Accepts and holds whatever comes.

@@ -49,6 +49,8 @@ pub struct Rolled {
     pub failed: f64,
     /// Of these, POSTs.
     pub failed_posts: f64,
+    /// Requests that a server says it has read on a connection that it had closed already.
+    pub unanswered: f64,
     pub p50: f64,
     pub p99: f64,
     pub longest: f64,
@@ -252,30 +254,35 @@ impl Stage {
         let mut load = one.command_in(&self.client, &["probe", "load", "rolled:80", &rate_text, &time])?;
         let began = Instant::now();
         let load = thread::spawn(move || mesh_lab::output(&mut load));
+        let mut unanswered = 0.0;
         thread::sleep(Duration::from_secs(1));
         for (n, task) in tasks.iter_mut().enumerate() {
             let new = run(n % 2, "new")?;
             self.await_healthy("rolled", &[&new.1])?;
             let (at, old) = std::mem::replace(task, new);
             one_of(self, at)?.docker(&["stop", "--time=20", &old.container])?;
+            if kind == Kind::Abrupt {
+                unanswered += said(&one_of(self, at)?.docker(&["logs", &old.container])?, "unanswered")?;
+            }
             one_of(self, at)?.stop_task(&old)?;
         }
         let replaced = began.elapsed();
-        let said = joined(load.join())?;
-        ensure!(said.ok(), "{said:?}");
+        let outcome = joined(load.join())?;
+        ensure!(outcome.ok(), "{outcome:?}");
         ensure!(replaced < Duration::from_secs(seconds.into()), "replacing took {replaced:?}, longer than the load");
         for (at, task) in &tasks {
             one_of(self, *at)?.stop_task(task)?;
         }
-        let mut lines = said.stdout.lines();
+        let mut lines = outcome.stdout.lines();
         let numbers = lines.next().unwrap_or_default();
         let numbers: Vec<f64> = numbers.split(' ').filter_map(|number| number.parse().ok()).collect();
-        let [answered, failed, failed_posts, p50, p99, longest] = numbers[..] else { bail!("{said:?}") };
+        let [answered, failed, failed_posts, p50, p99, longest] = numbers[..] else { bail!("{outcome:?}") };
         let reasons = lines.map(str::to_owned).collect();
         Ok(Rolled {
             answered,
             failed,
             failed_posts,
+            unanswered,
             p50,
             p99,
             longest,
@@ -346,8 +353,15 @@ fn status(host: &Host) -> Result<Value> {
 
 /// When something happened, in nanoseconds, as a server said.
 fn event(log: &str, name: &str) -> Result<f64> {
-    let at = log.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok());
-    at.filter(|at| *at > 0.0).with_context(|| format!("no {name} in {log:?}"))
+    let at = said(log, name)?;
+    ensure!(at > 0.0, "{name} is no time in {log:?}");
+    Ok(at)
+}
+
+/// A number that a server said.
+fn said(log: &str, name: &str) -> Result<f64> {
+    let number = log.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok());
+    number.with_context(|| format!("no {name} in {log:?}"))
 }
 
 fn configuration(consul: &str) -> String {

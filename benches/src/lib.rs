@@ -12,6 +12,7 @@ pub mod interrupt;
 pub mod load;
 pub mod peers;
 pub mod plot;
+pub mod program;
 pub mod proof;
 pub mod reference;
 pub mod registry;

@@ -26,14 +26,26 @@ pub fn share(url: &str, count: u32) -> io::Result<String> {
         let name = format!("share-{number}");
         let body = json!({ "ID": name, "Name": name, "Address": "192.0.2.1", "Port": 80,
             "Check": { "TTL": "1m", "Status": "passing" } });
-        let registered = timed(url, &name, 1, "/v1/agent/service/register", &body.to_string())?;
-        let gone = timed(url, &name, 0, &format!("/v1/agent/service/deregister/{name}"), "")?;
+        let registered = timed(url, &name, 1, "/v1/agent/service/register", &body.to_string(), drop)?;
+        let gone = timed(url, &name, 0, &format!("/v1/agent/service/deregister/{name}"), "", drop)?;
         lines.push(format!("{registered:.3} {gone:.3}"));
     }
     Ok(lines.join("\n"))
 }
 
-fn timed(url: &str, name: &str, instances: u32, path: &str, body: &str) -> io::Result<f64> {
+/// Changes something: milliseconds until a blocking query shows that the service has so many instances that pass. `tell`
+/// hears when Consul is told.
+///
+/// # Errors
+/// Consul does not answer.
+pub fn timed(
+    url: &str,
+    name: &str,
+    instances: u32,
+    path: &str,
+    body: &str,
+    tell: impl FnOnce(Instant),
+) -> io::Result<f64> {
     let (ready, waits) = mpsc::channel();
     let (base, of) = (url.to_owned(), name.to_owned());
     let watcher = thread::spawn(move || watch(&base, &of, instances, Some(&ready)));
@@ -41,6 +53,7 @@ fn timed(url: &str, name: &str, instances: u32, path: &str, body: &str) -> io::R
     waits.recv().map_err(io::Error::other)?;
     thread::sleep(Duration::from_millis(50));
     let began = Instant::now();
+    tell(began);
     let (status, said) = ask(url, "PUT", path, body)?;
     if status != 200 {
         return Err(io::Error::other(format!("{path}: {status} {said}")));

@@ -3,6 +3,8 @@
 //! It must not know the bounds that are promised.
 #![allow(clippy::print_stdout, reason = "a figure is said when it is known: what comes after it may fail")]
 
+pub mod consul;
+
 use std::{
     fmt::Write as _,
     fs,

@@ -2,7 +2,8 @@
 //! tasks, as a role of the program that their image has.
 //!
 //! Lines on standard output are an event and the time of the machine's clock in nanoseconds: `began`, `listening`,
-//! `told`, `flipped`, and in the end `last`, the last request that came. It must not know who asks.
+//! `told`, `flipped`, and in the end `last`, the last request that came; and `unanswered`, how many requests it has read
+//! on connections that it had closed already. It must not know who asks.
 
 use std::{
     collections::HashMap,
@@ -17,7 +18,11 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nix::sys::{signal::SigSet, signal::Signal, socket};
+use nix::sys::{
+    signal::SigSet,
+    signal::Signal,
+    socket::{self, MsgFlags},
+};
 
 /// How the server takes SIGTERM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +56,7 @@ struct Shared {
     leaving: AtomicBool,
     ill: AtomicBool,
     last: AtomicU64,
+    unanswered: AtomicU64,
 }
 
 /// Serves `port` until SIGTERM, and then leaves. Every request but those for [`HEALTH`] is answered with `answer`.
@@ -92,13 +98,20 @@ pub fn serve(port: u16, answer: &str, manner: Manner) -> io::Result<()> {
     shared.leaving.store(true, Ordering::SeqCst);
     socket::shutdown(listener.as_raw_fd(), socket::Shutdown::Both)?;
     drop(listener);
-    for (_, stream) in lock(&shared.idle).drain() {
-        // It may have ended by itself.
-        stream.shutdown(Shutdown::Both).ok();
-    }
+    lock(&shared.idle).retain(|_, stream| {
+        // A request that is there is under way, also if its thread has not woken up yet. One that comes after this is cut off.
+        let asked = socket::recv(stream.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT);
+        let asked = asked.is_ok_and(|length| length > 0);
+        if !asked {
+            // It may have ended by itself.
+            stream.shutdown(Shutdown::Both).ok();
+        }
+        asked
+    });
     let open = lock(&shared.open);
     drop(shared.ended.wait_timeout_while(open, PATIENCE, |open| *open > 0));
     say("last", shared.last.load(Ordering::Relaxed));
+    say("unanswered", shared.unanswered.load(Ordering::Relaxed));
     Ok(())
 }
 
@@ -119,7 +132,11 @@ fn converse(number: u64, stream: TcpStream, shared: &Shared, answer: &str) -> io
             return Ok(());
         }
         let at = now();
-        lock(&shared.idle).remove(&number);
+        if lock(&shared.idle).remove(&number).is_none() {
+            // It came just before the connection was closed, and nobody would hear of what it did (RFC 9112, section 9.6).
+            shared.unanswered.fetch_add(1, Ordering::Relaxed);
+            return Ok(());
+        }
         let health = line.split(' ').nth(1) == Some(HEALTH);
         let mut length = 0;
         loop {

@@ -26,9 +26,16 @@ use std::{
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 
+/// Figures of a debug build say nothing about a release, so it says which it is.
+const VERSION: &str = if cfg!(debug_assertions) {
+    concat!(env!("CARGO_PKG_VERSION"), " (debug build)")
+} else {
+    concat!(env!("CARGO_PKG_VERSION"), " (release build)")
+};
+
 /// A service mesh that lives in the host, for Amazon ECS on EC2.
 #[derive(Debug, Parser)]
-#[command(name = "mesh-agent", version, subcommand_required = true, arg_required_else_help = true)]
+#[command(name = "mesh-agent", version = VERSION, subcommand_required = true, arg_required_else_help = true)]
 struct Args {
     #[command(subcommand)]
     command: Command,

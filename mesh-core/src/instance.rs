@@ -115,15 +115,26 @@ pub(crate) fn service(says: &BTreeMap<String, String>) -> Option<ServiceName> {
 
 /// Equal attributes are one value.
 #[derive(Debug, Default)]
-pub(crate) struct Interned(BTreeSet<Arc<Attributes>>);
+pub(crate) struct Interned {
+    attributes: BTreeSet<Arc<Attributes>>,
+    identities: BTreeSet<SpiffeId>,
+}
 
 impl Interned {
     pub(crate) fn of(&mut self, attributes: Attributes) -> Arc<Attributes> {
         let attributes = Arc::new(attributes);
-        if let Some(known) = self.0.get(&attributes) {
+        if let Some(known) = self.attributes.get(&attributes) {
             return known.clone();
         }
-        self.0.insert(attributes.clone());
+        self.attributes.insert(attributes.clone());
         attributes
+    }
+
+    pub(crate) fn identity(&mut self, identity: SpiffeId) -> SpiffeId {
+        if let Some(known) = self.identities.get(&identity) {
+            return known.clone();
+        }
+        self.identities.insert(identity.clone());
+        identity
     }
 }

@@ -56,6 +56,7 @@ pub fn run(args: &Args) -> Result<bool> {
         "peers" if !is_help => peers::prepare(&mut cargo)?,
         "hooks" => peers::prepare_alone(&mut cargo)?,
         "freshness" => freshness::prepare(&mut cargo)?,
+        "scale" if needs_consul(&args.arguments) => freshness::prepare(&mut cargo)?,
         _ => {}
     }
     cargo.args(["bench", "--package", "mesh-benches", "--bench", name, "--"]);
@@ -63,6 +64,12 @@ pub fn run(args: &Args) -> Result<bool> {
     let mut report = Report::default();
     report.step(name, cargo)?;
     Ok(report.finish_figures())
+}
+
+/// Whether `scale` is to run as a whole, or the part of it that needs a registry.
+fn needs_consul(arguments: &[String]) -> bool {
+    let mut parts = arguments.iter().filter(|argument| *argument != "--").peekable();
+    parts.peek().is_none() || parts.any(|part| part == "consul")
 }
 
 /// Every benchmark in `folder`, by name.

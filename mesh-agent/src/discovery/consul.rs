@@ -38,6 +38,7 @@ use self::{
     watch::{Asked, Flipped, News, Shared},
 };
 use super::{Figures, Report, SourceError, SourceId};
+use crate::sys::memory;
 
 /// News closer together than this is handed on as one.
 const SETTLE: Duration = Duration::from_millis(20);
@@ -95,6 +96,7 @@ pub(super) async fn run(
         failing: BTreeMap::new(),
         publish: None,
         published: None,
+        read_whole: false,
         problems: Vec::new(),
     };
     for datacenter in 0..datacenters {
@@ -118,6 +120,8 @@ struct Director {
     /// When what is known is to be handed on; `None`: it has been.
     publish: Option<Instant>,
     published: Option<Instant>,
+    /// Everything has been read once.
+    read_whole: bool,
     /// What is left out, as last logged.
     problems: Vec<String>,
 }
@@ -125,7 +129,10 @@ struct Director {
 /// Services that are not followed, and are to be looked at.
 #[derive(Default)]
 struct Sweep {
-    queue: VecDeque<Key>,
+    /// Those that tasks of this host ask for; they take turns with all others, so that neither wait for long.
+    used: VecDeque<Key>,
+    others: VecDeque<Key>,
+    others_turn: bool,
     queued: BTreeSet<Key>,
     /// Under way.
     looking: BTreeSet<Key>,
@@ -208,7 +215,7 @@ impl Director {
                     && self.sweep.looking.remove(key)
                 {
                     // Not followed, so nobody else asks again.
-                    self.sweep.last(key.clone());
+                    self.sweep.last(key.clone(), false);
                 }
                 self.ill(of, trouble).await;
             }
@@ -229,7 +236,8 @@ impl Director {
         if self.services_followed() < self.shared.config.watches {
             self.follow(Asked::Service(key));
         } else {
-            self.sweep.last(key);
+            // Nothing is known of it yet.
+            self.sweep.first(&key, &self.followed);
         }
     }
 
@@ -315,9 +323,11 @@ impl Director {
     }
 
     fn sweep_all(&mut self, datacenter: usize) {
+        let now = Instant::now();
         for key in self.known.keys().filter(|key| key.0 == datacenter) {
             if !self.followed.contains_key(&Asked::Service(key.clone())) {
-                self.sweep.last(key.clone());
+                let used = self.used.get(key).is_some_and(|at| now.duration_since(*at) < IDLE);
+                self.sweep.last(key.clone(), used);
             }
         }
     }
@@ -370,7 +380,14 @@ impl Director {
         }
         let set = self.known.set();
         let still = self.failing.values().next().cloned();
-        self.reports.send(Report { source: self.source, outcome: Ok(set), still }).await.map_err(drop)
+        self.reports.send(Report { source: self.source, outcome: Ok(set), still }).await.map_err(drop)?;
+        if !self.read_whole && !self.known.is_empty() && !self.is_loading() {
+            self.read_whole = true;
+            // The answers took many times what is left of them, and how they are first read is not needed again soon.
+            memory::give_back();
+            memory::let_go_of_program();
+        }
+        Ok(())
     }
 
     /// Reports the first failure, and one of another kind; a hundred watches that fail together are one.
@@ -411,14 +428,17 @@ impl Sweep {
     fn first(&mut self, key: &Key, followed: &HashMap<Asked, AbortHandle>) {
         if !followed.contains_key(&Asked::Service(key.clone())) {
             self.queued.insert(key.clone());
-            self.queue.push_front(key.clone());
+            self.others.push_front(key.clone());
+            self.others_turn = true;
             self.next = None;
         }
     }
 
-    fn last(&mut self, key: Key) {
+    /// After all others, or after those that tasks ask for as well.
+    fn last(&mut self, key: Key, used: bool) {
         if self.queued.insert(key.clone()) {
-            self.queue.push_back(key);
+            let queue = if used { &mut self.used } else { &mut self.others };
+            queue.push_back(key);
         }
     }
 
@@ -429,7 +449,10 @@ impl Sweep {
 
     fn pop(&mut self) -> Option<Key> {
         loop {
-            let key = self.queue.pop_front()?;
+            let turn = (&mut self.others, &mut self.used);
+            let (one, other) = if self.others_turn { turn } else { (turn.1, turn.0) };
+            self.others_turn = !self.others_turn;
+            let key = one.pop_front().or_else(|| other.pop_front())?;
             // Otherwise it was forgotten, or stood before others and has had its turn.
             if self.queued.remove(&key) {
                 self.looking.insert(key.clone());
@@ -441,5 +464,25 @@ impl Sweep {
     fn due(&self) -> Option<Instant> {
         let busy = self.looking.len() >= SWEEPERS;
         (!self.queued.is_empty() && !busy).then(|| self.next.unwrap_or_else(Instant::now))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn services_that_tasks_ask_for_take_turns_with_the_others_and_news_comes_before_both() {
+        let key = |name: &str| (0, Arc::from(name));
+        let mut sweep = Sweep::default();
+        for (name, used) in [("a", false), ("b", false), ("c", false), ("u", true), ("v", true), ("u", true)] {
+            sweep.last(key(name), used);
+        }
+        sweep.first(&key("new"), &HashMap::new());
+        // It was queued, and now comes before its turn.
+        sweep.first(&key("c"), &HashMap::new());
+        let order: Vec<_> = std::iter::from_fn(|| sweep.pop()).map(|(_, name)| name).collect();
+        assert_eq!(order.iter().map(|name| &**name).collect::<Vec<_>>(), ["c", "u", "new", "v", "a", "b"]);
+        assert!(sweep.due().is_none(), "nothing is left");
     }
 }

@@ -141,7 +141,7 @@ impl Flow {
                 if let (End::Listening(stream, _), End::Tunnel(tunnel)) = (&*from, &mut *to)
                     && tunnel.is_asked()
                 {
-                    let Poll::Ready(taken) = self.settling.poll(cx, &**stream, written) else { return Ok(()) };
+                    let Poll::Ready(taken) = self.settling.poll(cx, stream, written) else { return Ok(()) };
                     tunnel.tell_taken(taken);
                 }
                 match to.poll_shutdown(cx) {

@@ -56,9 +56,8 @@ struct Waiting {
 impl Settling {
     /// How many of the `written` octets the application may have read. It has ended its direction, and that was read.
     pub(super) fn poll(&mut self, cx: &mut Context<'_>, stream: &TcpStream, written: u64) -> Poll<u64> {
-        loop {
-            // A socket that does not say has perhaps brought all.
-            let Ok(Acknowledged { octets, over }) = socket::acknowledged(stream) else { break };
+        // A socket that does not say has perhaps brought all.
+        while let Ok(Acknowledged { octets, over }) = socket::acknowledged(stream) {
             if over || octets >= written {
                 self.0 = None;
                 return Poll::Ready(octets.min(written));

@@ -112,7 +112,8 @@ pub fn entries(
 fn endpoint(instance: &Instance, config: &CloudMap, interned: &mut Interned) -> Result<EndpointEntry, String> {
     let says = &instance.attributes;
     let addr = addr(instance, config.default_port)?;
-    let (agent, identity) = meshed(addr, says)?.map_or((None, None), |(agent, id)| (Some(agent), Some(id)));
+    let (agent, identity) =
+        meshed(addr, says)?.map_or((None, None), |(agent, id)| (Some(agent), Some(interned.identity(id))));
     let zone = ZONES.iter().find_map(|key| says.get(*key)).filter(|zone| !zone.is_empty()).cloned();
     let besides = |key: &str| !key.starts_with(meta::PREFIX) && !key.starts_with(attribute::PREFIX);
     let meta = says.iter().filter(|(key, _)| besides(key)).map(|(key, value)| (key.clone(), value.clone()));

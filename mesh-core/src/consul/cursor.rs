@@ -58,6 +58,11 @@ impl Cursor {
         }
     }
 
+    /// Whether an answer with this index would not be the first, nor Consul's beginning anew.
+    pub fn goes_on_with(&self, index: Option<u64>) -> bool {
+        self.index > 0 && index.is_some_and(|given| given.max(1) >= self.seen)
+    }
+
     /// No answer has come, or none that can be understood. Returns how long to wait; the next question is answered at
     /// once, because a server that has come back may count anew.
     pub fn failed(&mut self, draw: u32) -> Duration {
@@ -104,7 +109,12 @@ mod tests {
         assert_eq!((cursor.answered(Some(7)), cursor.index()), (Moved::On, Some(7)));
         assert_eq!((cursor.answered(Some(7)), cursor.index()), (Moved::Not, Some(7)));
         assert_eq!((cursor.answered(Some(9)), cursor.index()), (Moved::On, Some(9)));
+        assert_eq!(
+            [Some(9), Some(10), Some(8), None].map(|index| cursor.goes_on_with(index)),
+            [true, true, false, false]
+        );
         assert_eq!((cursor.answered(Some(3)), cursor.index()), (Moved::Back, None), "backwards: from the beginning");
+        assert!(!cursor.goes_on_with(Some(3)), "it begins anew");
         assert_eq!((cursor.answered(Some(3)), cursor.index()), (Moved::On, Some(3)));
         cursor.failed(0);
         assert_eq!(cursor.index(), None, "a server that was away may count anew");

@@ -88,7 +88,7 @@ fn wants(names: &TagNames, tag: &str) -> bool {
 /// One entry for each port of the service under which the instance is reached.
 fn endpoints_of(instance: &Instance, interned: &mut Interned, problems: &mut Vec<String>) -> Vec<EndpointEntry> {
     let (agent, identity) = match meshed(instance.addr, &instance.meta) {
-        Ok(meshed) => meshed.map_or((None, None), |(agent, identity)| (Some(agent), Some(identity))),
+        Ok(meshed) => meshed.map_or((None, None), |(agent, identity)| (Some(agent), Some(interned.identity(identity)))),
         Err(problem) => {
             problems.push(problem);
             return Vec::new();
@@ -232,5 +232,15 @@ mod tests {
         let [one, other] = &found[0].entry.endpoints[..] else { panic!("two endpoints") };
         assert_eq!((one.attributes.meta.len(), &*one.attributes.meta["color"]), (1, "blue"));
         assert!(Arc::ptr_eq(&one.attributes, &other.attributes));
+    }
+
+    #[test]
+    fn identities_are_shared() {
+        let meta = [(meta::AGENT, "10.0.0.1:15008"), (meta::IDENTITY, "spiffe://a/ns/demo/sa/world")];
+        let two = [instance("10.0.0.1:80", &[], &meta), instance("10.0.0.2:80", &[], &meta)];
+        let (found, _) = entries(&"world".parse().expect("valid"), None, &two, &config());
+        let texts: Vec<_> =
+            found[0].entry.endpoints.iter().filter_map(|it| Some(it.identity.as_ref()?.as_str().as_ptr())).collect();
+        assert_eq!((texts.len(), texts[0]), (2, texts[1]));
     }
 }

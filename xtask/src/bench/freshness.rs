@@ -1,4 +1,4 @@
-//! What `bench freshness` needs before it can run: programs of Debian, Consul, and our agent as it is shipped.
+//! What `bench freshness` and `bench scale` need before they can run: programs of Debian, Consul, and our agent as it is shipped.
 //!
 //! It must not know what is measured.
 

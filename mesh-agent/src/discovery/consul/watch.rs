@@ -135,6 +135,8 @@ impl Shared {
         let mut cursor = Cursor::default();
         let mut bad = Checks::default();
         let mut failing = false;
+        // The list of services as last understood: its index moves with every registration, the list itself hardly ever.
+        let mut list = Vec::new();
         loop {
             self.wait_for_consul(&of).await;
             let now = self.now();
@@ -142,7 +144,13 @@ impl Shared {
             let asked = self.ask(&of, cursor.index()).await;
             let understood = asked.and_then(|answer| {
                 // The cursor moves only over what was understood.
+                if cursor.goes_on_with(answer.index) && !failing && answer.body == list {
+                    return Ok((cursor.answered(answer.index), Read::SameNames));
+                }
                 let read = read(&of, &answer)?;
+                if let Read::Names(_) = read {
+                    list = answer.body;
+                }
                 Ok((cursor.answered(answer.index), read))
             });
             match understood {
@@ -201,6 +209,10 @@ impl Shared {
             (Asked::Names(datacenter), Read::Names(names)) => {
                 self.tell(News::Names { datacenter: *datacenter, names, anew }).await
             }
+            // Instances have come or gone, of whichever service.
+            (Asked::Names(datacenter), Read::SameNames) => {
+                self.tell(News::Flipped { datacenter: *datacenter, which: Flipped::Any }).await
+            }
             (Asked::Service(key), Read::Instances(instances)) => {
                 self.tell(News::Instances { key: key.clone(), instances }).await
             }
@@ -233,6 +245,8 @@ impl Shared {
 
 enum Read {
     Names(Names),
+    /// No service has come or gone, nor a tag.
+    SameNames,
     Instances(Instances),
     Checks(Vec<answer::BadCheck>),
 }

@@ -163,7 +163,7 @@ async fn send(
                 continue;
             }
         };
-        let copy = (repeatable && !lost || lease.used && lease.sender.is_told()).then(|| copy_of(&request));
+        let copy = (repeatable && !lost || lease.sender.is_told()).then(|| copy_of(&request));
         let position = lease.sender.position();
         let began = proxy.now();
         let error = match lease.sender.requests.try_send_request(request).await {
