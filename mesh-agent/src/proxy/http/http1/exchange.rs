@@ -182,7 +182,7 @@ async fn send(
         request = match (unsent(error), copy) {
             (Some(request), _) => request,
             (None, _) if broken.load(Ordering::Relaxed) => return Err(Failed::ClientGone),
-            (None, Some(copy)) if repeatable => copy,
+            (None, Some(copy)) if repeatable && !lost => copy,
             (None, copy) => {
                 let missed = copy.filter(|_| lease.sender.has_missed(position)).zip(sent.again());
                 let Some((copy, body)) = missed else {
