@@ -102,6 +102,17 @@ impl Figures {
     }
 }
 
+/// How registering this host's tasks with a registry goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Registered {
+    /// When everything was last as it should be.
+    pub at: Option<SystemTime>,
+    /// Instances of this host.
+    pub count: usize,
+    /// Why not everything is registered; `None`: it is.
+    pub error: Option<String>,
+}
+
 /// How a backend is doing.
 #[derive(Clone, Debug)]
 pub struct SourceStatus {
