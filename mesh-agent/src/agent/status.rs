@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use super::host::HostFacts;
 use crate::{
     api,
-    discovery::{Figures, SourceStatus, consul::registrar::Registered},
+    discovery::{Figures, Registered, SourceStatus},
     identity::Identities,
     state::Published,
     sys::maps::{Counters, Heart},
@@ -29,8 +29,8 @@ pub(super) struct StatusSource {
     pub published: Published,
     pub identities: Identities,
     pub sources: watch::Receiver<Vec<SourceStatus>>,
-    /// `None`: nothing is registered anywhere.
-    pub registered: Option<watch::Receiver<Registered>>,
+    /// With whom tasks of this host are registered, and how that goes.
+    pub registered: Vec<(&'static str, watch::Receiver<Registered>)>,
     pub tasks: watch::Receiver<Arc<Vec<Task>>>,
     pub connected: watch::Receiver<bool>,
     pub armed: watch::Receiver<Option<BTreeSet<TaskId>>>,
@@ -84,7 +84,7 @@ impl StatusSource {
             tasks: self.tasks(),
             kernel: self.counters.read().map(|counters| api::Kernel::of(&counters)).unwrap_or_default(),
             certificates: self.certificates(),
-            sources: self.sources.borrow().iter().map(source).chain(self.registration()).collect(),
+            sources: self.sources.borrow().iter().map(source).chain(self.registrations()).collect(),
         }
     }
 
@@ -104,13 +104,15 @@ impl StatusSource {
         shown.collect()
     }
 
-    fn registration(&self) -> Option<api::Source> {
-        let registered = self.registered.as_ref()?.borrow().clone();
-        Some(api::Source {
-            name: "consul registration".into(),
-            state: Some(format!("{} instances of this host", registered.count)),
-            last_load: registered.at.and_then(api::timestamp),
-            last_error: registered.error,
+    fn registrations(&self) -> impl Iterator<Item = api::Source> {
+        self.registered.iter().map(|(registry, registered)| {
+            let registered = registered.borrow().clone();
+            api::Source {
+                name: format!("{registry} registration"),
+                state: Some(format!("{} instances of this host", registered.count)),
+                last_load: registered.at.and_then(api::timestamp),
+                last_error: registered.error,
+            }
         })
     }
 
@@ -120,10 +122,13 @@ impl StatusSource {
         sources.iter().filter_map(|it| Some((it.backend.to_string(), it.figures.clone()?))).collect()
     }
 
-    /// Instances registered, and whether all of them are; `None`: nothing is registered anywhere.
-    pub(super) fn registrations(&self) -> Option<(usize, bool)> {
-        let registered = self.registered.as_ref()?.borrow();
-        Some((registered.count, registered.error.is_none()))
+    /// With each registry: how many instances are registered, and whether all of them are.
+    pub(super) fn registered(&self) -> Vec<(&'static str, usize, bool)> {
+        let one = |(registry, registered): &(&'static str, watch::Receiver<Registered>)| {
+            let registered = registered.borrow();
+            (*registry, registered.count, registered.error.is_none())
+        };
+        self.registered.iter().map(one).collect()
     }
 
     fn certificates(&self) -> Vec<api::Certificate> {

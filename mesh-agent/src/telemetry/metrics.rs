@@ -177,6 +177,11 @@ struct Verdict {
     verdict: &'static str,
 }
 
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Registered {
+    registry: &'static str,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct SourceName {
     source: String,
@@ -249,8 +254,8 @@ pub struct Metrics {
     source_errors: Family<SourceName, Counter>,
     source_watches: Family<SourceName, Gauge>,
     source_services: Family<SourceName, Gauge>,
-    registrations: Gauge,
-    registrations_behind: Gauge,
+    registrations: Family<Registered, Gauge>,
+    registrations_behind: Family<Registered, Gauge>,
     endpoints: EndpointCounts,
     /// Attempts on another endpoint after one had failed.
     pub retries: Counter,
@@ -298,8 +303,8 @@ impl Metrics {
             source_errors: Family::default(),
             source_watches: Family::default(),
             source_services: Family::default(),
-            registrations: Gauge::default(),
-            registrations_behind: Gauge::default(),
+            registrations: Family::default(),
+            registrations_behind: Family::default(),
             endpoints: EndpointCounts::default(),
             retries: Counter::default(),
             access_lines_lost: Counter::default(),
@@ -426,10 +431,11 @@ impl Metrics {
         self.source_services.get_or_create(&from).set(number(figures.services));
     }
 
-    /// How many instances of this host are registered, and whether these are all.
-    pub fn registered(&self, count: usize, all: bool) {
-        self.registrations.set(i64::try_from(count).unwrap_or(i64::MAX));
-        self.registrations_behind.set(i64::from(!all));
+    /// How many instances of this host are registered with a registry, and whether these are all.
+    pub fn registered(&self, registry: &'static str, count: usize, all: bool) {
+        let labels = Registered { registry };
+        self.registrations.get_or_create(&labels).set(i64::try_from(count).unwrap_or(i64::MAX));
+        self.registrations_behind.get_or_create(&labels).set(i64::from(!all));
     }
 
     /// A kernel map has this many entries in use.

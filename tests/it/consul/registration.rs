@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use mesh_agent::{
-    discovery::consul::registrar::{Registered, Registrar},
+    discovery::{Registered, consul::registrar::Registrar},
     state::{self, Publisher},
 };
 use mesh_core::{
