@@ -182,6 +182,7 @@ pub async fn run(
 
     // Those who look at it.
     let (armed_sender, armed) = watch::channel(None);
+    let (ports_sender, ports) = watch::channel(Vec::new());
     let status = Arc::new(StatusSource {
         config: config.clone(),
         host: host.clone(),
@@ -191,6 +192,7 @@ pub async fn run(
         sources: discovery.status.clone(),
         registered: registrars.iter().map(|it| (it.name(), it.status())).collect(),
         tasks: observer.tasks.clone(),
+        ports,
         connected: observer.connected.clone(),
         armed: armed.clone(),
         counters: readers.counters,
@@ -240,7 +242,8 @@ pub async fn run(
         namespaces: servers.namespaces.clone(),
         armed: armed.clone(),
     };
-    running.spawn(readiness::run(probed, gate_sender, stop_task));
+    let listeners = readiness::Listeners { gate: gate_sender, ports: ports_sender, stop: stop_task };
+    running.spawn(readiness::run(probed, listeners));
     let (withdraw, withdrawing) = watch::channel(false);
     let facts = (for_registrar, observer.tasks.clone());
     let register = |it| tokio::spawn(register(it, armed.clone(), facts.clone(), withdrawing.clone()));
@@ -476,6 +479,7 @@ fn figures(
             };
             metrics.source(&name, &figures);
         }
+        metrics.local_ports(&status.local_ports());
         for (registry, count, all) in status.registered() {
             metrics.registered(registry, count, all);
         }

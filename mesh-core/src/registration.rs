@@ -97,6 +97,22 @@ pub fn desired(
     wanted.map(|registration| (registration.id.clone(), registration)).collect()
 }
 
+/// What registrator's convention says about a container port, else about the whole task: the label, and its value.
+pub(crate) fn said<'a>(task: &'a Task, port: u16, key: &str) -> Option<(&'a str, &'a str)> {
+    let labels = [format!("{CONVENTION}{port}_{key}"), format!("{CONVENTION}{key}")];
+    let said = labels.iter().find_map(|label| task.labels.get_key_value(label));
+    said.map(|(label, text)| (label.as_str(), text.trim())).filter(|(_, text)| !text.is_empty())
+}
+
+/// The labels of that convention about a port that begin with `part`, without what all of them begin with.
+pub(crate) fn about<'a>(task: &'a Task, port: u16, part: &'a str) -> impl Iterator<Item = (&'a str, &'a str)> {
+    task.labels.keys().filter_map(move |label| {
+        let rest = label.strip_prefix(CONVENTION)?;
+        let own = rest.strip_prefix(port.to_string().as_str()).and_then(|rest| rest.strip_prefix('_'));
+        Some((label.as_str(), own.unwrap_or(rest).strip_prefix(part)?))
+    })
+}
+
 struct Served<'a> {
     service: &'a Service,
     task: &'a Task,
@@ -155,10 +171,7 @@ impl Served<'_> {
 
     /// What the convention says for the port, else for the task.
     fn said(&self, key: &str) -> Option<&str> {
-        let Self { task, target, .. } = self;
-        let labels = [format!("{CONVENTION}{target}_{key}"), format!("{CONVENTION}{key}")];
-        let said = labels.iter().find_map(|label| task.labels.get(label));
-        said.map(|text| text.trim()).filter(|text| !text.is_empty())
+        said(self.task, self.target, key).map(|(_, text)| text)
     }
 
     fn is_refused(&self) -> bool {

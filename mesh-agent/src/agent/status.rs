@@ -3,13 +3,17 @@
 //! Only reads; must not know how the document is served.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
-use mesh_core::{config::Config, id::TaskId, task::Task};
+use mesh_core::{
+    config::Config,
+    id::{ServiceName, TaskId},
+    task::Task,
+};
 use tokio::sync::watch;
 
 use super::host::HostFacts;
@@ -17,6 +21,7 @@ use crate::{
     api,
     discovery::{Figures, Registered, SourceStatus},
     identity::Identities,
+    readiness::LocalPort,
     state::Published,
     sys::maps::{Counters, Heart},
 };
@@ -32,6 +37,8 @@ pub(super) struct StatusSource {
     /// With whom tasks of this host are registered, and how that goes.
     pub registered: Vec<(&'static str, watch::Receiver<Registered>)>,
     pub tasks: watch::Receiver<Arc<Vec<Task>>>,
+    /// How the ports of these are doing.
+    pub ports: watch::Receiver<Vec<LocalPort>>,
     pub connected: watch::Receiver<bool>,
     pub armed: watch::Receiver<Option<BTreeSet<TaskId>>>,
     pub counters: Counters,
@@ -92,6 +99,8 @@ impl StatusSource {
         let snapshot = self.published.load();
         let observed = self.tasks.borrow().clone();
         let armed = self.armed.borrow().clone().unwrap_or_default();
+        let ports = self.ports.borrow().clone();
+        let of = |task: &TaskId| ports.iter().filter(|port| port.task == *task).map(local_port).collect();
         let enrolled = observed.iter().filter_map(|task| Some((task, snapshot.workloads.get(&task.id)?)));
         let shown = enrolled.map(|(task, workload)| api::Task {
             id: task.id.as_str().into(),
@@ -100,6 +109,7 @@ impl StatusSource {
             mode: api::mode(task.mode).into(),
             identity: workload.identity.as_str().into(),
             armed: armed.contains(&task.id),
+            ports: of(&task.id),
         });
         shown.collect()
     }
@@ -122,6 +132,16 @@ impl StatusSource {
         sources.iter().filter_map(|it| Some((it.backend.to_string(), it.figures.clone()?))).collect()
     }
 
+    /// Of each service of this host: how many ports are ready, and how many are not.
+    pub(super) fn local_ports(&self) -> BTreeMap<ServiceName, (usize, usize)> {
+        let mut counts: BTreeMap<ServiceName, (usize, usize)> = BTreeMap::new();
+        for port in self.ports.borrow().iter() {
+            let (ready, unready) = counts.entry(port.service.clone()).or_default();
+            *if port.unready.is_none() { ready } else { unready } += 1;
+        }
+        counts
+    }
+
     /// With each registry: how many instances are registered, and whether all of them are.
     pub(super) fn registered(&self) -> Vec<(&'static str, usize, bool)> {
         let one = |(registry, registered): &(&'static str, watch::Receiver<Registered>)| {
@@ -139,6 +159,15 @@ impl StatusSource {
             last_error: leaf.last_error,
         });
         shown.collect()
+    }
+}
+
+fn local_port(port: &LocalPort) -> api::LocalPort {
+    api::LocalPort {
+        port: port.port,
+        ready: port.unready.is_none(),
+        seconds: port.since.elapsed().as_secs(),
+        reason: port.unready.clone(),
     }
 }
 
