@@ -8,3 +8,4 @@ mod registration;
 mod registration_faults;
 mod running;
 mod sdk;
+mod two_hosts;

@@ -167,7 +167,11 @@ impl Instance {
         scratch.write("address", 0o644, "10.0.1.7\n");
         scratch.write("services.toml", 0o644, &read("config/services.toml"));
         scratch.write("user-data.sh", 0o755, &read("user-data.sh"));
-        scratch.write("etc/ecs/ecs.config", 0o644, "ECS_CLUSTER=production\nECS_INSTANCE_ATTRIBUTES={\"stack\":\"a/b&\\\\c\"}\nECS_RESERVED_PORTS=[22,9999]\n");
+        scratch.write(
+            "etc/ecs/ecs.config",
+            0o644,
+            "ECS_CLUSTER=production\nECS_INSTANCE_ATTRIBUTES={\"stack\":\"a/b&\\\\c\"}\nECS_RESERVED_PORTS=[22,9999]\n",
+        );
         for folder in ["usr/local/bin", "proc", "dev", "tmp", "sys", "bin", "sbin", "lib", "lib64"] {
             fs::create_dir_all(scratch.0.join(folder)).expect("writable");
         }
@@ -319,7 +323,11 @@ fn the_user_data_promises_no_agent_that_it_cannot_place() {
         instance.0.write("etc/ecs/ecs.config", 0o644, &format!("ECS_CLUSTER=a\nECS_INSTANCE_ATTRIBUTES={odd}\n"));
         let output = instance.run(&settings);
         assert!(!output.status.success(), "{odd}");
-        assert!(text(&output).contains("ECS_INSTANCE_ATTRIBUTES in /etc/ecs/ecs.config is no JSON"), "{}", text(&output));
+        assert!(
+            text(&output).contains("ECS_INSTANCE_ATTRIBUTES in /etc/ecs/ecs.config is no JSON"),
+            "{}",
+            text(&output)
+        );
         assert!(instance.text("etc/ecs/ecs.config").contains(&format!("ECS_INSTANCE_ATTRIBUTES={odd}\n")));
     }
     // Quoted, as some write it.
@@ -387,7 +395,8 @@ fn the_policies_permit_exactly_what_is_asked() {
         actions(&policy)
     });
     assert!(policies.iter().all(|actions| !actions.is_empty()));
-    let asks = |action: &String| ["Describe", "Discover", "List"].iter().any(|verb| action.contains(&format!(":{verb}")));
+    let asks =
+        |action: &String| ["Describe", "Discover", "List"].iter().any(|verb| action.contains(&format!(":{verb}")));
     assert!(policies[0].iter().all(asks) && !policies[1].iter().any(asks), "{policies:?}");
     assert_eq!(policies.into_iter().flatten().collect::<std::collections::BTreeSet<_>>(), actions(&sources));
 }

@@ -134,23 +134,10 @@ fn what_a_crash_left_goes_what_others_have_stays_and_what_was_lost_returns() -> 
     moto.register(&old, "neighbour", "10.90.1.11", 80, &owned("ecs-mesh@10.90.1.11"))?;
     moto.register(&old, "by-ecs", "10.90.1.10", 80, &json!({ "ECS_SERVICE_NAME": "old" }))?;
     moto.register(&old, "gone", "10.90.1.10", 81, &owned("ecs-mesh@10.90.1.10"))?;
-    // The same as the task's, with something that is not true any more, and ill.
-    moto.register(&world, "ecs-mesh:10.90.1.10:32768:t1", "10.90.1.9", 1, &owned("ecs-mesh@10.90.1.10"))?;
-    moto.set_health(&world, "ecs-mesh:10.90.1.10:32768:t1", "UNHEALTHY")?;
     let one = task("t1", "world", 32768);
     let host = start(&moto.address(), "", std::slice::from_ref(&one))?;
     await_instances(&moto, "world", &[ONE])?;
     await_instances(&moto, "old", &["by-ecs HEALTHY", "neighbour HEALTHY"])?;
-    let address = || -> Result<Value> {
-        let body = json!({ "ServiceId": world, "InstanceId": "ecs-mesh:10.90.1.10:32768:t1" });
-        let said = moto.call(Api::CloudMap, "GetInstance", &body)?;
-        Ok(said["Instance"]["Attributes"]["AWS_INSTANCE_IPV4"].clone())
-    };
-    until(LIMIT, "its address is right", || {
-        let found = address()?;
-        Ok(if found == "10.90.1.10" { Ok(()) } else { Err(found) })
-    })?;
-
     // Removed by somebody else.
     moto.deregister(&world, "ecs-mesh:10.90.1.10:32768:t1")?;
     await_instances(&moto, "world", &[])?;
