@@ -228,6 +228,19 @@ fn what_was_taken_and_never_came_is_told() {
     assert_eq!(run.ledger.count(), 0);
 }
 
+#[test]
+fn what_comes_late_is_asked_for_once() {
+    let mut run = Run::new(Cloud::with(&[("a", true)]));
+    let (begun, late) = (run.now, || (Luck::Good, 19_000));
+    run.ledger.want(wanted(&[("a", "1", 1, true)]));
+    run.go(begun + Duration::from_secs(50), late);
+    // It looks again ten seconds after this, when Cloud Map does not show it yet.
+    run.ledger.want(wanted(&[("a", "1", 1, true), ("a", "2", 1, true)]));
+    run.go(begun + Duration::from_secs(200), late);
+    let registered = run.calls.iter().filter(|(_, call)| matches!(call, Call::Register(..))).count();
+    assert_eq!((run.there().len(), registered), (2, 2), "{:?}", run.calls);
+}
+
 /// What is wanted of three services, of which one is not there; and whether it is ready.
 fn wants() -> impl Strategy<Value = BTreeMap<Key, Wanted>> {
     let one = (0_usize..4, 0_u8..4, 0_u8..3, any::<bool>());
