@@ -117,6 +117,7 @@ main() {
     reserve_ports
     mount_bpffs
     start
+    announce
 }
 
 install_binary() {
@@ -253,6 +254,27 @@ start() {
         systemctl start ecs-mesh.service
     fi
     say "mesh-agent runs"
+}
+
+# Tells other hosts, by attributes of this container instance, where the tunnels to its tasks end. Attributes that are
+# set already stay. The last step: who cannot run the agent must not promise it.
+announce() {
+    local address attributes
+    address=$(metadata local-ipv4 || metadata ipv6 || true)
+    if [[ -z $address ]]; then
+        say "the instance metadata tell no address: [discovery.ecs] of other hosts will not know of this agent" >&2
+        return
+    fi
+    attributes=$(python3 -c '
+import json, sys
+text, address, port = sys.argv[1:]
+known = json.loads(text.strip().strip("\x27") or "{}")
+known.update({"ecs-mesh.address": address, "ecs-mesh.tunnel-port": port})
+print(json.dumps(known, sort_keys=True))
+' "$(ecs_setting ECS_INSTANCE_ATTRIBUTES)" "$address" "${PORTS[1]}") ||
+        die "ECS_INSTANCE_ATTRIBUTES in $ECS_CONFIG is no JSON object: write it like {\"name\": \"value\"}"
+    put "$ECS_CONFIG" 0644 <<<"$(grep -v '^ECS_INSTANCE_ATTRIBUTES=' "$ECS_CONFIG"
+        echo "ECS_INSTANCE_ATTRIBUTES=$attributes")"
 }
 
 main

@@ -40,8 +40,9 @@ use tokio::{
 use crate::{
     admin::{Admin, AdminError, Handles},
     discovery::{
-        self, Backend,
-        consul::{SetUpError, registrar::Registrar},
+        self, Backend, Registrar,
+        cloud_map::registrar as cloud_map,
+        consul::{SetUpError, registrar as consul},
         ecs,
     },
     dns::DnsCounters,
@@ -82,8 +83,8 @@ use status::StatusSource;
 const OWN_SERVICE: &str = "ecs-mesh-agent";
 /// Heartbeats in the time after which the hooks take the agent for hung.
 const BEATS_PER_LIMIT: u32 = 6;
-/// Beyond its drain, what an agent needs to stop.
-const STOPPING: Duration = Duration::from_secs(3);
+/// Beyond its drain, what an agent needs to stop: also to take its tasks out of a registry that is slow.
+const STOPPING: Duration = Duration::from_secs(10);
 /// Containers that may wait to be stopped.
 const STOPS: usize = 16;
 /// Kernel reports that may wait to be recorded; beyond, they wait in the ring buffer.
@@ -158,7 +159,7 @@ pub async fn run(
         own_container: None,
     });
 
-    let registrar = registrar(&config, host.address)?;
+    let registrars = registrars(&config, host.address)?;
 
     // The way of a connection: listeners in namespaces, the proxy, tunnels.
     let namespaces = Arc::new(Namespaces::default());
@@ -181,6 +182,7 @@ pub async fn run(
 
     // Those who look at it.
     let (armed_sender, armed) = watch::channel(None);
+    let (ports_sender, ports) = watch::channel(Vec::new());
     let status = Arc::new(StatusSource {
         config: config.clone(),
         host: host.clone(),
@@ -188,8 +190,9 @@ pub async fn run(
         published: published.clone(),
         identities: identities.clone(),
         sources: discovery.status.clone(),
-        registered: registrar.as_ref().map(Registrar::status),
+        registered: registrars.iter().map(|it| (it.name(), it.status())).collect(),
         tasks: observer.tasks.clone(),
+        ports,
         connected: observer.connected.clone(),
         armed: armed.clone(),
         counters: readers.counters,
@@ -239,9 +242,12 @@ pub async fn run(
         namespaces: servers.namespaces.clone(),
         armed: armed.clone(),
     };
-    running.spawn(readiness::run(probed, gate_sender, stop_task));
+    let listeners = readiness::Listeners { gate: gate_sender, ports: ports_sender, stop: stop_task };
+    running.spawn(readiness::run(probed, listeners));
     let (withdraw, withdrawing) = watch::channel(false);
-    let registering = tokio::spawn(register(registrar, armed, (for_registrar, observer.tasks.clone()), withdrawing));
+    let facts = (for_registrar, observer.tasks.clone());
+    let register = |it| tokio::spawn(register(it, armed.clone(), facts.clone(), withdrawing.clone()));
+    let registering: Vec<_> = registrars.into_iter().map(register).collect();
     let stopped = drain.subscribe();
     running.spawn(admin.run(async move {
         let mut stopped = stopped;
@@ -284,8 +290,10 @@ pub async fn run(
         tracing::warn!(connections = workers.connections(), "connections are cut off: they outlasted `proxy.drain`");
     }
     drop(withdraw);
-    if let Err(error) = registering.await {
-        tracing::error!(%error, "the tasks of this host may still be registered");
+    for registering in registering {
+        if let Err(error) = registering.await {
+            tracing::error!(%error, "the tasks of this host may still be registered");
+        }
     }
     let stopped = controlled.map(drop);
     programs.remove()?;
@@ -348,21 +356,32 @@ fn ecs(config: &Config, ecs: Ecs, own: &ClusterName) -> ecs::Source {
     ecs::Source { config: ecs, clusters, mesh }
 }
 
-fn registrar(config: &Config, host: IpAddr) -> Result<Option<Registrar>, AgentError> {
-    let Some(consul) = &config.discovery.consul else { return Ok(None) };
-    let Some(registration) = &consul.registration else { return Ok(None) };
+/// Whoever registers tasks of this host.
+fn registrars(config: &Config, host: IpAddr) -> Result<Vec<Registrar>, AgentError> {
     let tunnel = SocketAddr::new(host, config.proxy.tunnel_listen.port());
-    Ok(Some(Registrar::new(&Arc::new(consul.clone()), registration.clone(), tunnel)?))
+    let mut all = Vec::new();
+    if let Some(consul) = &config.discovery.consul
+        && let Some(registration) = &consul.registration
+    {
+        let registrar = consul::Registrar::new(&Arc::new(consul.clone()), registration.clone(), tunnel)?;
+        all.push(Registrar::Consul(registrar));
+    }
+    if let Some(cloud_map) = &config.discovery.cloud_map
+        && let Some(registration) = &cloud_map.registration
+    {
+        let registrar = cloud_map::Registrar::new(&Arc::new(cloud_map.clone()), registration.clone(), tunnel);
+        all.push(Registrar::CloudMap(registrar));
+    }
+    Ok(all)
 }
 
 /// Registers once the tasks of this host are known: before, an empty list means nothing.
 async fn register(
-    registrar: Option<Registrar>,
+    registrar: Registrar,
     mut armed: watch::Receiver<Option<BTreeSet<TaskId>>>,
     (published, tasks): (Published, watch::Receiver<Arc<Vec<Task>>>),
     mut withdrawing: watch::Receiver<bool>,
 ) {
-    let Some(registrar) = registrar else { return };
     let known = tokio::select! {
         known = armed.wait_for(Option::is_some) => known.is_ok(),
         _ = withdrawing.wait_for(|stop| *stop) => false,
@@ -460,8 +479,9 @@ fn figures(
             };
             metrics.source(&name, &figures);
         }
-        if let Some((count, all)) = status.registrations() {
-            metrics.registered(count, all);
+        metrics.local_ports(&status.local_ports());
+        for (registry, count, all) in status.registered() {
+            metrics.registered(registry, count, all);
         }
         let tunnels = workers.tunnels();
         metrics.tunnels(tunnels.handshakes, tunnels.connections, tunnels.streams);

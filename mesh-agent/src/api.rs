@@ -67,6 +67,22 @@ pub struct Task {
     pub identity: String,
     /// Whether its connections are intercepted.
     pub armed: bool,
+    /// Its ports that others may call.
+    #[serde(default)]
+    pub ports: Vec<LocalPort>,
+}
+
+/// A port of a task of this host.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LocalPort {
+    /// The container's.
+    pub port: u16,
+    /// Whether others are sent there.
+    pub ready: bool,
+    /// How long it has been so.
+    pub seconds: u64,
+    /// Why it is not ready.
+    pub reason: Option<String>,
 }
 
 /// What the hooks have done since they were loaded. Connections, unless named otherwise.

@@ -24,13 +24,14 @@ use mesh_core::{
     config::{Fault, cloud_map::CloudMap, discovery as config},
     id::ClusterName,
     services::ServiceSet,
+    task::Task,
 };
 use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
 };
 
-use crate::state::uses::Uses;
+use crate::state::{Published, uses::Uses};
 
 /// A backend as configured. The order of backends is their precedence.
 #[derive(Clone, Debug, PartialEq)]
@@ -99,6 +100,50 @@ impl Figures {
     /// When the last answer came.
     pub fn last_answer(&self) -> Option<Instant> {
         *self.last_answer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How registering this host's tasks with a registry goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Registered {
+    /// When everything was last as it should be.
+    pub at: Option<SystemTime>,
+    /// Instances of this host.
+    pub count: usize,
+    /// Why not everything is registered; `None`: it is.
+    pub error: Option<String>,
+}
+
+/// Keeps this host's tasks registered with one registry.
+pub enum Registrar {
+    Consul(consul::registrar::Registrar),
+    CloudMap(cloud_map::registrar::Registrar),
+}
+
+impl Registrar {
+    /// The registry's name.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Consul(_) => "consul",
+            Self::CloudMap(_) => "cloud_map",
+        }
+    }
+
+    /// How it goes, to be shown.
+    pub fn status(&self) -> watch::Receiver<Registered> {
+        match self {
+            Self::Consul(registrar) => registrar.status(),
+            Self::CloudMap(registrar) => registrar.status(),
+        }
+    }
+
+    /// Follows the snapshot until `stop` is told, and takes everything back then. To be called when the tasks of this
+    /// host are known: what is registered for nobody goes.
+    pub async fn run(self, published: Published, tasks: watch::Receiver<Arc<Vec<Task>>>, stop: watch::Receiver<bool>) {
+        match self {
+            Self::Consul(registrar) => registrar.run(published, tasks, stop).await,
+            Self::CloudMap(registrar) => registrar.run(published, tasks, stop).await,
+        }
     }
 }
 

@@ -20,7 +20,7 @@ use mesh_core::{
     readiness::{
         Gate, Incarnation, Readiness, Settings, Standing,
         replace::{self, Being, Member, Stop},
-        servers,
+        servers, unready,
     },
     task::{Phase, Task},
 };
@@ -50,9 +50,33 @@ pub struct Sources {
     pub armed: watch::Receiver<Option<BTreeSet<TaskId>>>,
 }
 
-/// Probes until the writer of snapshots is gone. `gate` is told which ports are ready, `stop` which containers to stop.
-pub async fn run(sources: Sources, gate: watch::Sender<Gate>, stop: mpsc::Sender<Stop>) {
+/// A port of a local task that others may call once it is ready.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LocalPort {
+    pub task: TaskId,
+    /// The container's.
+    pub port: u16,
+    pub service: ServiceName,
+    /// Since when it has been as it is.
+    pub since: Instant,
+    /// Why it is not ready; `None`: it is.
+    pub unready: Option<String>,
+}
+
+/// Whom the probing tells.
+pub struct Listeners {
+    /// Which ports are ready.
+    pub gate: watch::Sender<Gate>,
+    /// The same for people, with reasons.
+    pub ports: watch::Sender<Vec<LocalPort>>,
+    /// Which containers to stop.
+    pub stop: mpsc::Sender<Stop>,
+}
+
+/// Probes until the writer of snapshots is gone.
+pub async fn run(sources: Sources, listeners: Listeners) {
     let Sources { readiness, mut published, mut tasks, namespaces, mut armed } = sources;
+    let Listeners { gate, ports, stop } = listeners;
     if armed.wait_for(Option::is_some).await.is_err() {
         return;
     }
@@ -64,7 +88,7 @@ pub async fn run(sources: Sources, gate: watch::Sender<Gate>, stop: mpsc::Sender
         probes: BTreeMap::new(),
         ports: BTreeMap::new(),
         running: JoinSet::new(),
-        faulty: BTreeMap::new(),
+        faulty: BTreeSet::new(),
         stopped: BTreeMap::new(),
         first: true,
     };
@@ -76,6 +100,7 @@ pub async fn run(sources: Sources, gate: watch::Sender<Gate>, stop: mpsc::Sender
         watcher.first = false;
         watcher.launch();
         tell(&gate, watcher.gate(&known));
+        tell(&ports, watcher.told(&known));
         let due = watcher.due();
         let timer = async {
             match due {
@@ -104,8 +129,8 @@ pub async fn run(sources: Sources, gate: watch::Sender<Gate>, stop: mpsc::Sender
     }
 }
 
-fn tell(gate: &watch::Sender<Gate>, now: Gate) {
-    gate.send_if_modified(|last| {
+fn tell<T: PartialEq>(listener: &watch::Sender<T>, now: T) {
+    listener.send_if_modified(|last| {
         let changed = *last != now;
         if changed {
             *last = now;
@@ -125,8 +150,8 @@ struct Watcher {
     /// Every port of a local task that is an endpoint.
     ports: BTreeMap<Key, Port>,
     running: JoinSet<Done>,
-    /// What was wrong with the labels of a task, as last told.
-    faulty: BTreeMap<TaskId, String>,
+    /// What is wrong with the labels of a task, and was told.
+    faulty: BTreeSet<(TaskId, String)>,
     /// When a task was last asked to stop.
     stopped: BTreeMap<TaskId, Duration>,
     /// Nothing has been looked at yet: who is healthy now is in use.
@@ -176,11 +201,12 @@ impl Watcher {
         let tasks: BTreeMap<_, _> = tasks.iter().map(|task| (&task.id, task)).collect();
         let mut ports = BTreeMap::new();
         let mut probes = BTreeMap::new();
-        let mut read: BTreeMap<&TaskId, Settings> = BTreeMap::new();
+        let mut read: BTreeMap<Key, Settings> = BTreeMap::new();
         for (key, deliver, service, health) in served(snapshot) {
             let Some(task) = tasks.get(&key.0).filter(|task| task.phase == Phase::Running) else { continue };
-            let settings =
-                read.entry(&task.id).or_insert_with(|| settings(&self.readiness, task, &service, &mut self.faulty));
+            let settings = read
+                .entry(key.clone())
+                .or_insert_with(|| settings(&self.readiness, task, &service, key.1, &mut self.faulty));
             let probe = if settings.check == mesh_core::readiness::Check::None {
                 None
             } else {
@@ -223,7 +249,7 @@ impl Watcher {
         }
         self.probes = probes;
         self.ports = ports;
-        self.faulty.retain(|task, _| tasks.contains_key(task));
+        self.faulty.retain(|(task, _)| tasks.contains_key(task));
         self.stopped.retain(|task, _| tasks.contains_key(task));
     }
 
@@ -301,6 +327,23 @@ impl Watcher {
         let passed = self.ports.iter().filter(|(_, port)| ready(port));
         let passed = passed.filter_map(|(key, _)| Some((key.clone(), Incarnation::of(tasks.get(&key.0)?, key.1))));
         Gate::Probed(Arc::new(passed.collect()))
+    }
+
+    /// How every port is doing, and why.
+    fn told(&self, tasks: &[Task]) -> Vec<LocalPort> {
+        let tasks: BTreeMap<_, _> = tasks.iter().map(|task| (&task.id, task)).collect();
+        let told = self.ports.iter().filter_map(|((task, number), port)| {
+            let probe = port.probe.as_ref().and_then(|probe| self.probes.get(probe));
+            let probe = probe.map(|probe| (probe.standing, probe.problem.as_deref()));
+            Some(LocalPort {
+                task: task.clone(),
+                port: *number,
+                service: port.service.clone(),
+                since: self.clock + port.since,
+                unready: unready(tasks.get(task)?, probe),
+            })
+        });
+        told.collect()
     }
 
     /// Whether a task may have to be stopped some time.
@@ -383,20 +426,18 @@ fn settings(
     readiness: &Readiness,
     task: &Task,
     service: &ServiceName,
-    faulty: &mut BTreeMap<TaskId, String>,
+    port: u16,
+    faulty: &mut BTreeSet<(TaskId, String)>,
 ) -> Settings {
-    let (settings, problem) = readiness.of(task, service);
-    match problem {
-        Some(problem) if faulty.get(&task.id) != Some(&problem) => {
-            tracing::warn!(
-                task = task.id.as_str(),
-                problem,
-                "the labels of a task about its readiness are not used: correct its task definition"
-            );
-            faulty.insert(task.id.clone(), problem);
-        }
-        Some(_) => {}
-        None => drop(faulty.remove(&task.id)),
+    let (settings, problem) = readiness.of(task, service, port);
+    if let Some(problem) = problem
+        && faulty.insert((task.id.clone(), problem.clone()))
+    {
+        tracing::warn!(
+            task = task.id.as_str(),
+            problem,
+            "not all labels of a task about its readiness are used: correct its task definition"
+        );
     }
     settings
 }

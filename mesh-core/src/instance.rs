@@ -32,6 +32,8 @@ pub mod meta {
     pub const TARGET: &str = "ecs-mesh-target";
     /// Which agent keeps the registration up to date.
     pub const OWNER: &str = "ecs-mesh-owner";
+    /// Tags with commas between, where the registry has none of its own.
+    pub const TAGS: &str = "ecs-mesh-tags";
     pub const TASK: &str = "ecs-mesh-task";
     pub const ZONE: &str = "ecs-mesh-zone";
 }
@@ -111,6 +113,28 @@ pub(crate) fn ports(own: u16, says: &BTreeMap<String, String>) -> Vec<(Option<u1
 /// The service in the mesh that it says it belongs to.
 pub(crate) fn service(says: &BTreeMap<String, String>) -> Option<ServiceName> {
     says.get(meta::SERVICE).and_then(|service| service.parse().ok())
+}
+
+/// Tags of an instance in a registry that has none of its own.
+pub(crate) fn tags(says: &BTreeMap<String, String>) -> BTreeSet<String> {
+    let all = says.get(meta::TAGS).into_iter().flat_map(|text| text.split(','));
+    all.map(str::trim).filter(|tag| !tag.is_empty()).map(str::to_owned).collect()
+}
+
+/// The same in one value: as many tags as fit into `most` octets.
+pub(crate) fn joined(tags: &BTreeSet<String>, most: usize) -> String {
+    let mut text = String::new();
+    for tag in tags.iter().filter(|tag| !tag.is_empty() && !tag.contains(',')) {
+        let comma = usize::from(!text.is_empty());
+        if text.len() + comma + tag.len() > most {
+            continue;
+        }
+        if comma == 1 {
+            text.push(',');
+        }
+        text.push_str(tag);
+    }
+    text
 }
 
 /// Equal attributes are one value.

@@ -6,8 +6,8 @@
 //! Reading order: [`id`] and [`addr`] (names), [`model`] (the snapshot), [`plan`] (the heart: one connection or
 //! request in, one plan or numbered refusal out), then what it is made of: [`resolve`], [`policy`], [`balance`];
 //! where the snapshot comes from: [`config`], [`services`] (the static file), [`consul`], [`cloud_map`], [`ecs`], [`task`],
-//! [`readiness`], [`merge`], [`vip`]; and
-//! what follows from it: [`dataplane`] (the kernel's image), [`reconcile`] (namespaces to arm), [`rotate`].
+//! [`readiness`], [`merge`], [`vip`]; and what follows from it: [`dataplane`] (the kernel's image), [`reconcile`]
+//! (namespaces to arm), [`registration`] (what registries are told), [`rotate`].
 
 pub mod addr;
 pub mod aws;
@@ -27,6 +27,7 @@ pub mod plan;
 pub mod policy;
 pub mod readiness;
 pub mod reconcile;
+pub mod registration;
 pub mod resolve;
 pub mod rotate;
 pub mod services;

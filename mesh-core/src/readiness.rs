@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use crate::{
     id::TaskId,
-    task::{Container, Task},
+    task::{Container, ContainerHealth, Task},
 };
 
 pub mod grpc;
@@ -141,6 +141,26 @@ impl Standing {
         };
         Self { state, streak, since, due: pause.map(|pause| now.saturating_add(pause)) }
     }
+}
+
+/// Why nobody is sent to a port of a running task; `None`: it is ready. `probe` is what its probes have come to, and what
+/// was wrong with the last one; without it, it is not probed.
+pub fn unready(task: &Task, probe: Option<(Standing, Option<&str>)>) -> Option<String> {
+    let ill = |container: &Container| match container.health? {
+        ContainerHealth::Healthy => None,
+        ContainerHealth::Starting => {
+            Some(format!("the health check of the container {} has not passed yet", container.name))
+        }
+        ContainerHealth::Unhealthy => Some(format!("docker calls the container {} unhealthy", container.name)),
+    };
+    task.containers.iter().find_map(ill).or_else(|| {
+        let (standing, problem) = probe.filter(|(standing, _)| !standing.is_ready())?;
+        let state = if standing.state() == State::Failing { "it was ready" } else { "it has not been ready yet" };
+        Some(match problem {
+            Some(problem) => format!("{state}: {problem}"),
+            None => "the first probe has not ended yet".to_owned(),
+        })
+    })
 }
 
 /// The pause between two probes of a task that has been starting for so long.

@@ -4,5 +4,8 @@ mod cloud_map;
 mod cloud_map_faults;
 mod ecs;
 mod ecs_faults;
+mod registration;
+mod registration_faults;
 mod running;
 mod sdk;
+mod two_hosts;

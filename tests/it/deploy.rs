@@ -151,7 +151,8 @@ impl Instance {
         fake("sysctl", "[[ $1 != -n ]] || echo 8080,15000-15003");
         fake(
             "curl",
-            "case ${!#} in */token) echo t ;; */availability-zone) echo eu-central-1a ;; */region) echo eu-central-1 ;; esac",
+            "case ${!#} in */token) echo t ;; */availability-zone) echo eu-central-1a ;; */region) echo eu-central-1 ;;
+                */local-ipv4) cat /address 2>/dev/null || exit 22 ;; *) exit 22 ;; esac",
         );
         fake(
             "aws",
@@ -163,9 +164,14 @@ impl Instance {
             esac",
         );
         scratch.write("agent", 0o644, AGENT);
+        scratch.write("address", 0o644, "10.0.1.7\n");
         scratch.write("services.toml", 0o644, &read("config/services.toml"));
         scratch.write("user-data.sh", 0o755, &read("user-data.sh"));
-        scratch.write("etc/ecs/ecs.config", 0o644, "ECS_CLUSTER=production\nECS_RESERVED_PORTS=[22,9999]\n");
+        scratch.write(
+            "etc/ecs/ecs.config",
+            0o644,
+            "ECS_CLUSTER=production\nECS_INSTANCE_ATTRIBUTES={\"stack\":\"a/b&\\\\c\"}\nECS_RESERVED_PORTS=[22,9999]\n",
+        );
         for folder in ["usr/local/bin", "proc", "dev", "tmp", "sys", "bin", "sbin", "lib", "lib64"] {
             fs::create_dir_all(scratch.0.join(folder)).expect("writable");
         }
@@ -237,8 +243,15 @@ fn the_user_data_installs_and_changes_nothing_the_second_time() {
         instance.text("etc/ecs/ecs.config"),
         "ECS_CLUSTER=production\n\
          ECS_RESERVED_PORTS=[22,2375,2376,9999,15001,15008,15020,15053,51678,51679]\n\
-         ECS_RESERVED_PORTS_UDP=[15053]\n"
+         ECS_RESERVED_PORTS_UDP=[15053]\n\
+         ECS_INSTANCE_ATTRIBUTES={\"ecs-mesh.address\": \"10.0.1.7\", \"ecs-mesh.tunnel-port\": \"15008\", \
+         \"stack\": \"a/b&\\\\c\"}\n"
     );
+    // What the ECS source of other agents reads.
+    let config = instance.text("etc/ecs/ecs.config");
+    for name in [mesh_core::ecs::model::attribute::ADDRESS, mesh_core::ecs::model::attribute::TUNNEL_PORT] {
+        assert!(config.contains(&format!("\"{name}\": \"")), "{name} is not in\n{config}");
+    }
     assert_eq!(
         instance.text("etc/sysctl.d/90-ecs-mesh.conf"),
         "net.ipv4.ip_local_reserved_ports = 8080,15000-15003,15001,15008,15020,15053\n"
@@ -285,10 +298,48 @@ fn the_user_data_makes_what_is_missing() {
         instance.text("etc/ecs/ecs.config"),
         "ECS_CLUSTER=staging\n\
          ECS_RESERVED_PORTS=[22,2375,2376,15001,15008,15020,15053,51678,51679]\n\
-         ECS_RESERVED_PORTS_UDP=[15053]\n"
+         ECS_RESERVED_PORTS_UDP=[15053]\n\
+         ECS_INSTANCE_ATTRIBUTES={\"ecs-mesh.address\": \"10.0.1.7\", \"ecs-mesh.tunnel-port\": \"15008\"}\n"
     );
     let agent = config::parse(&instance.text("etc/ecs-mesh/agent.toml")).unwrap_or_else(|faults| panic!("{faults:#?}"));
     assert_eq!(agent.host.cluster.as_ref().map(|cluster| cluster.as_str()), Some("staging"));
+}
+
+#[test]
+fn the_user_data_promises_no_agent_that_it_cannot_place() {
+    let instance = Instance::new("attributes");
+    let sum = sha256(&instance.0.0.join("agent"));
+    let settings: Vec<_> = SETTINGS.into_iter().chain([("MESH_BINARY_SHA256", sum.as_str())]).collect();
+    // No address: the host is in the mesh, and says why others will not know by ECS.
+    fs::remove_file(instance.0.0.join("address")).expect("it was made by this test");
+    let before = "ECS_CLUSTER=production\nECS_INSTANCE_ATTRIBUTES={\"stack\": \"blue\"}\n";
+    instance.0.write("etc/ecs/ecs.config", 0o644, before);
+    let output = instance.run(&settings);
+    assert!(output.status.success() && text(&output).contains("tell no address"), "{}", text(&output));
+    assert!(!instance.text("etc/ecs/ecs.config").contains("ecs-mesh."));
+    // Attributes that nobody can read are left as they are, and named.
+    instance.0.write("address", 0o644, "10.0.1.7\n");
+    for odd in ["{stack: blue}", "[]", "7"] {
+        instance.0.write("etc/ecs/ecs.config", 0o644, &format!("ECS_CLUSTER=a\nECS_INSTANCE_ATTRIBUTES={odd}\n"));
+        let output = instance.run(&settings);
+        assert!(!output.status.success(), "{odd}");
+        assert!(
+            text(&output).contains("ECS_INSTANCE_ATTRIBUTES in /etc/ecs/ecs.config is no JSON"),
+            "{}",
+            text(&output)
+        );
+        assert!(instance.text("etc/ecs/ecs.config").contains(&format!("ECS_INSTANCE_ATTRIBUTES={odd}\n")));
+    }
+    // Quoted, as some write it.
+    instance.0.write("etc/ecs/ecs.config", 0o644, "ECS_INSTANCE_ATTRIBUTES='{\"stack\": \"blue\"}'\n");
+    let output = instance.run(&settings);
+    assert!(output.status.success(), "{}", text(&output));
+    assert!(instance.text("etc/ecs/ecs.config").ends_with("\"15008\", \"stack\": \"blue\"}\n"));
+    // An agent that does not start.
+    instance.0.write("fake/systemctl", 0o755, "#!/bin/bash\n[[ $1 != restart && $1 != start ]]\n");
+    instance.0.write("etc/ecs/ecs.config", 0o644, before);
+    assert!(!instance.run(&settings).status.success());
+    assert!(!instance.text("etc/ecs/ecs.config").contains("ecs-mesh."));
 }
 
 #[test]
@@ -327,7 +378,7 @@ fn actions(text: &str) -> std::collections::BTreeSet<String> {
 }
 
 #[test]
-fn the_policy_permits_exactly_what_is_asked() {
+fn the_policies_permit_exactly_what_is_asked() {
     let sources = ["cloud_map/client.rs", "ecs/client.rs"];
     let sources: String = sources
         .iter()
@@ -336,9 +387,16 @@ fn the_policy_permits_exactly_what_is_asked() {
             fs::read_to_string(&file).unwrap_or_else(|error| panic!("cannot read {}: {error}", file.display()))
         })
         .collect();
-    let policy = read("iam/discovery.json");
-    let parsed: serde_json::Value = serde_json::from_str(&policy).expect("the policy is JSON");
-    assert_eq!(parsed["Version"], "2012-10-17");
-    assert!(!actions(&policy).is_empty());
-    assert_eq!(actions(&policy), actions(&sources));
+    // What changes something is permitted apart from what only asks.
+    let policies = ["iam/discovery.json", "iam/registration.json"].map(|file| {
+        let policy = read(file);
+        let parsed: serde_json::Value = serde_json::from_str(&policy).expect("the policy is JSON");
+        assert_eq!(parsed["Version"], "2012-10-17");
+        actions(&policy)
+    });
+    assert!(policies.iter().all(|actions| !actions.is_empty()));
+    let asks =
+        |action: &String| ["Describe", "Discover", "List"].iter().any(|verb| action.contains(&format!(":{verb}")));
+    assert!(policies[0].iter().all(asks) && !policies[1].iter().any(asks), "{policies:?}");
+    assert_eq!(policies.into_iter().flatten().collect::<std::collections::BTreeSet<_>>(), actions(&sources));
 }

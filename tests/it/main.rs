@@ -7,3 +7,4 @@ mod docker;
 mod following;
 mod kernel;
 mod netns;
+mod registering;

@@ -69,6 +69,20 @@ impl Api {
         }
     }
 
+    /// What makes a request one for this API and action.
+    #[must_use]
+    pub fn headers(self, action: &str) -> [(&'static str, String); 3] {
+        let credential = format!(
+            "AWS4-HMAC-SHA256 Credential=testing/20260101/{REGION}/{}/aws4_request, SignedHeaders=host, Signature=0",
+            self.name()
+        );
+        [
+            ("Authorization", credential),
+            ("X-Amz-Target", self.target(action)),
+            ("Content-Type", "application/x-amz-json-1.1".to_owned()),
+        ]
+    }
+
     /// The name by which requests are signed, and by which botocore knows its description.
     pub fn name(self) -> &'static str {
         match self {
@@ -190,16 +204,8 @@ impl Moto {
     /// # Errors
     /// It is not.
     pub fn call(&self, api: Api, action: &str, body: &Value) -> Result<Value> {
-        let credential = format!(
-            "AWS4-HMAC-SHA256 Credential=testing/20260101/{REGION}/{}/aws4_request, SignedHeaders=host, Signature=0",
-            api.name()
-        );
-        let target = api.target(action);
-        let headers = [
-            ("Authorization", credential.as_str()),
-            ("X-Amz-Target", &target),
-            ("Content-Type", "application/x-amz-json-1.1"),
-        ];
+        let headers = api.headers(action);
+        let headers = headers.each_ref().map(|(key, value)| (*key, value.as_str()));
         let (status, said) = http(self.port, "POST", "/", &headers, &body.to_string())?;
         ensure!(status == 200, "{action} {body}: {status} {said}; {}", self.last_words());
         Ok(serde_json::from_str(&said).unwrap_or(Value::Null))

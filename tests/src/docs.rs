@@ -1,6 +1,9 @@
 //! Documents that are made from code, so that they cannot say something else: written by `cargo xtask docs`, and
 //! compared on every run of the tests. It must not decide anything that the code does not say.
 
+use std::time::Duration;
+
+use mesh_agent::telemetry::metrics::{Direction, DnsOutcome, LinkKey, Metrics, Outcome, SourceFigures};
 use mesh_common::refusal::{Blame, Refusal};
 
 /// `docs/refusals.md`.
@@ -28,11 +31,12 @@ pub fn refusals() -> String {
 
 /// `docs/metrics.md`.
 pub fn metrics() -> String {
-    let text = mesh_agent::telemetry::metrics::Metrics::new().encode();
+    let text = one_of_each().encode();
     let mut page = "# Metrics\n\n\
         Served in the Prometheus text format on `admin.metrics` (by default `127.0.0.1:15020/metrics`). Labels: `direction` is\n\
         `outbound`, `inbound` or `direct`; `src_service`, `dst_service`, `src_task` and `dst_task` name services and ECS tasks;\n\
-        `refusal` is a label of [refusals.md](refusals.md). Counters end in `_total`. This page is made from the code by\n\
+        `refusal` is a label of [refusals.md](refusals.md). `mesh_local_ports` has the labels `service` and `ready` (`true`, `false`),\n\
+        those of registrations `registry`, those of sources `source`. Counters end in `_total`. This page is made from the code by\n\
         `cargo xtask docs`.\n\n\
         | metric | type | what it says |\n\
         |---|---|---|\n"
@@ -47,6 +51,26 @@ pub fn metrics() -> String {
         }
     }
     page
+}
+
+/// A family without a value is not in the text.
+fn one_of_each() -> Metrics {
+    let metrics = Metrics::new();
+    let direction = Direction::Outbound;
+    let link =
+        metrics.link(&LinkKey { direction, src_service: None, src_task: None, dst_service: None, dst_task: None });
+    link.bytes(0, 0);
+    link.connection(Outcome::Ok, Duration::ZERO);
+    link.request(None, Duration::ZERO);
+    link.refused(Refusal::NoHealthyEndpoint);
+    drop(metrics.open(direction, "", ""));
+    metrics.dns(&[(DnsOutcome::Mesh, 0)]);
+    metrics.kernel(&[]);
+    metrics.kernel_map("", 0);
+    metrics.source("", &SourceFigures { age: Some(Duration::ZERO), answers: 0, errors: 0, watches: 0, services: 0 });
+    metrics.registered("", 0, true);
+    metrics.local_ports(&"a".parse().into_iter().map(|service| (service, (0, 0))).collect());
+    metrics
 }
 
 #[cfg(test)]

@@ -3,20 +3,25 @@
 //! Only reads; must not know how the document is served.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
-use mesh_core::{config::Config, id::TaskId, task::Task};
+use mesh_core::{
+    config::Config,
+    id::{ServiceName, TaskId},
+    task::Task,
+};
 use tokio::sync::watch;
 
 use super::host::HostFacts;
 use crate::{
     api,
-    discovery::{Figures, SourceStatus, consul::registrar::Registered},
+    discovery::{Figures, Registered, SourceStatus},
     identity::Identities,
+    readiness::LocalPort,
     state::Published,
     sys::maps::{Counters, Heart},
 };
@@ -29,9 +34,11 @@ pub(super) struct StatusSource {
     pub published: Published,
     pub identities: Identities,
     pub sources: watch::Receiver<Vec<SourceStatus>>,
-    /// `None`: nothing is registered anywhere.
-    pub registered: Option<watch::Receiver<Registered>>,
+    /// With whom tasks of this host are registered, and how that goes.
+    pub registered: Vec<(&'static str, watch::Receiver<Registered>)>,
     pub tasks: watch::Receiver<Arc<Vec<Task>>>,
+    /// How the ports of these are doing.
+    pub ports: watch::Receiver<Vec<LocalPort>>,
     pub connected: watch::Receiver<bool>,
     pub armed: watch::Receiver<Option<BTreeSet<TaskId>>>,
     pub counters: Counters,
@@ -84,7 +91,7 @@ impl StatusSource {
             tasks: self.tasks(),
             kernel: self.counters.read().map(|counters| api::Kernel::of(&counters)).unwrap_or_default(),
             certificates: self.certificates(),
-            sources: self.sources.borrow().iter().map(source).chain(self.registration()).collect(),
+            sources: self.sources.borrow().iter().map(source).chain(self.registrations()).collect(),
         }
     }
 
@@ -92,6 +99,8 @@ impl StatusSource {
         let snapshot = self.published.load();
         let observed = self.tasks.borrow().clone();
         let armed = self.armed.borrow().clone().unwrap_or_default();
+        let ports = self.ports.borrow().clone();
+        let of = |task: &TaskId| ports.iter().filter(|port| port.task == *task).map(local_port).collect();
         let enrolled = observed.iter().filter_map(|task| Some((task, snapshot.workloads.get(&task.id)?)));
         let shown = enrolled.map(|(task, workload)| api::Task {
             id: task.id.as_str().into(),
@@ -100,17 +109,20 @@ impl StatusSource {
             mode: api::mode(task.mode).into(),
             identity: workload.identity.as_str().into(),
             armed: armed.contains(&task.id),
+            ports: of(&task.id),
         });
         shown.collect()
     }
 
-    fn registration(&self) -> Option<api::Source> {
-        let registered = self.registered.as_ref()?.borrow().clone();
-        Some(api::Source {
-            name: "consul registration".into(),
-            state: Some(format!("{} instances of this host", registered.count)),
-            last_load: registered.at.and_then(api::timestamp),
-            last_error: registered.error,
+    fn registrations(&self) -> impl Iterator<Item = api::Source> {
+        self.registered.iter().map(|(registry, registered)| {
+            let registered = registered.borrow().clone();
+            api::Source {
+                name: format!("{registry} registration"),
+                state: Some(format!("{} instances of this host", registered.count)),
+                last_load: registered.at.and_then(api::timestamp),
+                last_error: registered.error,
+            }
         })
     }
 
@@ -120,10 +132,23 @@ impl StatusSource {
         sources.iter().filter_map(|it| Some((it.backend.to_string(), it.figures.clone()?))).collect()
     }
 
-    /// Instances registered, and whether all of them are; `None`: nothing is registered anywhere.
-    pub(super) fn registrations(&self) -> Option<(usize, bool)> {
-        let registered = self.registered.as_ref()?.borrow();
-        Some((registered.count, registered.error.is_none()))
+    /// Of each service of this host: how many ports are ready, and how many are not.
+    pub(super) fn local_ports(&self) -> BTreeMap<ServiceName, (usize, usize)> {
+        let mut counts: BTreeMap<ServiceName, (usize, usize)> = BTreeMap::new();
+        for port in self.ports.borrow().iter() {
+            let (ready, unready) = counts.entry(port.service.clone()).or_default();
+            *if port.unready.is_none() { ready } else { unready } += 1;
+        }
+        counts
+    }
+
+    /// With each registry: how many instances are registered, and whether all of them are.
+    pub(super) fn registered(&self) -> Vec<(&'static str, usize, bool)> {
+        let one = |(registry, registered): &(&'static str, watch::Receiver<Registered>)| {
+            let registered = registered.borrow();
+            (*registry, registered.count, registered.error.is_none())
+        };
+        self.registered.iter().map(one).collect()
     }
 
     fn certificates(&self) -> Vec<api::Certificate> {
@@ -134,6 +159,15 @@ impl StatusSource {
             last_error: leaf.last_error,
         });
         shown.collect()
+    }
+}
+
+fn local_port(port: &LocalPort) -> api::LocalPort {
+    api::LocalPort {
+        port: port.port,
+        ready: port.unready.is_none(),
+        seconds: port.since.elapsed().as_secs(),
+        reason: port.unready.clone(),
     }
 }
 

@@ -105,6 +105,7 @@ pub(crate) fn status() -> Status {
             mode: mode(NetworkMode::Awsvpc).into(),
             identity: "spiffe://demo.mesh/ns/demo/sa/web".into(),
             armed: true,
+            ports: vec![LocalPort { port: 80, ready: false, seconds: 12, reason: Some("no connection".into()) }],
         }],
         kernel: Kernel::of(&[0, 1, 2, 3, 4, 5, 6, 7]),
         certificates: vec![Certificate {
@@ -148,7 +149,8 @@ fn status_is_golden() {
             "service": "web",
             "mode": "awsvpc",
             "identity": "spiffe://demo.mesh/ns/demo/sa/web",
-            "armed": true
+            "armed": true,
+            "ports": [{ "port": 80, "ready": false, "seconds": 12, "reason": "no connection" }]
         }],
         "kernel": {
             "redirected": 0, "direct": 1, "failed_open": 2, "refused": 3,

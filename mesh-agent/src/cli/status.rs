@@ -3,7 +3,7 @@
 //! Must not know where the agent takes its facts from.
 
 use super::{Out, Outcome, Socket, client, table::table};
-use crate::api::Status;
+use crate::api::{Status, Task};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -34,20 +34,31 @@ fn describe(status: &Status) -> String {
     let or_none = |text: &Option<String>| text.clone().unwrap_or_default();
     let tasks = status.tasks.iter().map(|task| {
         let armed = if task.armed { "yes" } else { "no" };
+        let ready = match task.ports.iter().filter(|port| port.ready).count() {
+            _ if task.ports.is_empty() => String::new(),
+            all if all == task.ports.len() => "yes".into(),
+            0 => "no".into(),
+            some => format!("{some} of {}", task.ports.len()),
+        };
         [
             task.id.clone(),
             task.family.clone(),
             task.service.clone(),
             task.mode.clone(),
             armed.into(),
+            ready,
             task.identity.clone(),
         ]
     });
     parts.push(section(
         "no task of this host is in the mesh",
-        ["TASK", "FAMILY", "SERVICE", "MODE", "ARMED", "IDENTITY"],
+        ["TASK", "FAMILY", "SERVICE", "MODE", "ARMED", "READY", "IDENTITY"],
         tasks.collect(),
     ));
+    let unready: Vec<_> = status.tasks.iter().flat_map(unready).collect();
+    if !unready.is_empty() {
+        parts.push(table(["NOT READY", "SERVICE", "PORT", "FOR", "BECAUSE"], unready));
+    }
     let certificates =
         status.certificates.iter().map(|it| [it.identity.clone(), or_none(&it.not_after), or_none(&it.last_error)]);
     parts.push(section("no certificate", ["CERTIFICATE OF", "NOT AFTER", "LAST ERROR"], certificates.collect()));
@@ -87,6 +98,14 @@ fn summary(status: &Status) -> String {
     .join("\n")
 }
 
+/// Its ports that nobody is sent to.
+fn unready(task: &Task) -> impl Iterator<Item = [String; 5]> {
+    task.ports.iter().filter(|port| !port.ready).map(|port| {
+        let reason = port.reason.clone().unwrap_or_default();
+        [task.id.clone(), task.service.clone(), port.port.to_string(), duration(port.seconds), reason]
+    })
+}
+
 fn section<const N: usize>(none: &str, heading: [&str; N], rows: Vec<[String; N]>) -> String {
     if rows.is_empty() { none.to_owned() } else { table(heading, rows) }
 }
@@ -119,13 +138,17 @@ mod tests {
             ready: true,
             waiting_for: vec![],
             agent: api::AgentHealth { alive: true, heartbeat_age_ms: Some(120), heartbeat_limit_ms: 3000 },
-            tasks: vec![api::Task {
+            tasks: vec![Task {
                 id: "web-1".into(),
                 family: "web".into(),
                 service: "web".into(),
                 mode: "bridge".into(),
                 identity: "spiffe://demo.mesh/ns/demo/sa/web".into(),
                 armed: true,
+                ports: vec![
+                    api::LocalPort { port: 80, ready: true, seconds: 600, reason: None },
+                    api::LocalPort { port: 81, ready: false, seconds: 75, reason: Some("it was ready: gone".into()) },
+                ],
             }],
             kernel: api::Kernel { redirected: 3, ..Default::default() },
             certificates: vec![],
@@ -149,8 +172,11 @@ hooks     take the agent for alive (heartbeat 120 ms ago, limit 3000 ms)
           3 to the proxy, 0 direct, 0 failed open, 0 refused, 0 DNS, 0 left alone
           0 refused for a full map, 0 events lost
 
-TASK   FAMILY  SERVICE  MODE    ARMED  IDENTITY
-web-1  web     web      bridge  yes    spiffe://demo.mesh/ns/demo/sa/web
+TASK   FAMILY  SERVICE  MODE    ARMED  READY   IDENTITY
+web-1  web     web      bridge  yes    1 of 2  spiffe://demo.mesh/ns/demo/sa/web
+
+NOT READY  SERVICE  PORT  FOR     BECAUSE
+web-1      web      81    1m 15s  it was ready: gone
 
 no certificate
 

@@ -86,6 +86,11 @@ impl Trouble {
         matches!(self, Self::Throttled { .. })
     }
 
+    /// Whether a request may have been carried out although there is no good answer.
+    pub fn may_be_heard(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::Slow { .. } | Self::Failed { .. } | Self::Malformed { .. })
+    }
+
     /// A thing asked about is not there.
     pub fn is_gone(&self) -> bool {
         matches!(self, Self::Gone { .. })

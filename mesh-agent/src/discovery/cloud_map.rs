@@ -5,10 +5,12 @@
 //! does. So the instances themselves are asked for, over and over: those of services that tasks of this host use every
 //! few seconds, the others seldom, and all together no more often than the host's share of the account's quota.
 //!
-//! [`client`] speaks to the API, [`check`] is for `mesh-agent check`.
+//! [`client`] speaks to the API, [`registrar`] tells Cloud Map about this host's tasks, [`check`] is for `mesh-agent
+//! check`.
 
 pub mod check;
 pub mod client;
+pub mod registrar;
 
 use std::{
     collections::BTreeMap,

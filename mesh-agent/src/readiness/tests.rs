@@ -29,6 +29,7 @@ struct Host {
     tasks: Arc<watch::Sender<Arc<Vec<Task>>>>,
     /// What the snapshot says of the task's first port.
     health: watch::Receiver<Option<Health>>,
+    ports: watch::Receiver<Vec<LocalPort>>,
     stops: mpsc::Receiver<Stop>,
     _running: JoinSet<()>,
 }
@@ -73,7 +74,8 @@ impl Host {
         let namespaces = Arc::new(Namespaces::unmarked());
         let mut running = JoinSet::new();
         let sources = Sources { readiness, published, tasks: observed.clone(), namespaces: namespaces.clone(), armed };
-        running.spawn(run(sources, gate_sender, stop));
+        let (ports_sender, ports) = watch::channel(Vec::new());
+        running.spawn(run(sources, Listeners { gate: gate_sender, ports: ports_sender, stop }));
         let mut seen = observed;
         running.spawn(async move {
             let enrol =
@@ -115,12 +117,21 @@ impl Host {
                 tasks.send_replace(Arc::new(first));
             });
         }
-        Self { tasks, health, stops, _running: running }
+        Self { tasks, health, ports, stops, _running: running }
     }
 
     async fn is(&mut self, wanted: Health) {
         let is = self.health.wait_for(|health| *health == Some(wanted));
         timeout(PATIENCE, is).await.unwrap_or_else(|_| panic!("not {wanted:?}")).unwrap();
+    }
+
+    /// What is said of the task's first port; nothing: it is ready.
+    async fn says(&mut self, part: &str) {
+        let is = self.ports.wait_for(|ports| {
+            let said = ports.first().map(|port| port.unready.as_deref().unwrap_or_default());
+            said.is_some_and(|said| if part.is_empty() { said.is_empty() } else { said.contains(part) })
+        });
+        timeout(PATIENCE, is).await.unwrap_or_else(|_| panic!("nobody says `{part}`")).unwrap();
     }
 
     /// It does not become `other` for some probes' time.
@@ -145,8 +156,10 @@ async fn a_port_that_opens_late_is_published_then() {
     let mut host = Host::with(vec![task("a", &[port], &[])], false);
     host.is(Health::Unhealthy).await;
     host.stays(Health::Healthy).await;
+    host.says("it has not been ready yet: no connection to 127.0.0.1:").await;
     let listener = listen(port).await;
     host.is(Health::Healthy).await;
+    host.says("").await;
     // Asked once, and never again.
     listener.accept().await.unwrap();
     assert!(timeout(Duration::from_millis(100), listener.accept()).await.is_err());

@@ -7,7 +7,7 @@ mod endpoints;
 
 use std::{
     array,
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{Arc, OnceLock, PoisonError, RwLock, atomic::AtomicU64},
     time::Duration,
 };
@@ -177,6 +177,17 @@ struct Verdict {
     verdict: &'static str,
 }
 
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Registered {
+    registry: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct LocalPorts {
+    service: String,
+    ready: &'static str,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct SourceName {
     source: String,
@@ -249,8 +260,9 @@ pub struct Metrics {
     source_errors: Family<SourceName, Counter>,
     source_watches: Family<SourceName, Gauge>,
     source_services: Family<SourceName, Gauge>,
-    registrations: Gauge,
-    registrations_behind: Gauge,
+    local_ports: Family<LocalPorts, Gauge>,
+    registrations: Family<Registered, Gauge>,
+    registrations_behind: Family<Registered, Gauge>,
     endpoints: EndpointCounts,
     /// Attempts on another endpoint after one had failed.
     pub retries: Counter,
@@ -298,8 +310,9 @@ impl Metrics {
             source_errors: Family::default(),
             source_watches: Family::default(),
             source_services: Family::default(),
-            registrations: Gauge::default(),
-            registrations_behind: Gauge::default(),
+            local_ports: Family::default(),
+            registrations: Family::default(),
+            registrations_behind: Family::default(),
             endpoints: EndpointCounts::default(),
             retries: Counter::default(),
             access_lines_lost: Counter::default(),
@@ -354,6 +367,7 @@ impl Metrics {
         r.register("source_errors", "Questions to a source of services without an answer", self.source_errors.clone());
         r.register("source_watches", "Questions that wait for news", self.source_watches.clone());
         r.register("source_services", "Services that a source knows", self.source_services.clone());
+        r.register("local_ports", "Ports of this host's tasks, by whether they are ready", self.local_ports.clone());
         r.register("registrations", "Instances of this host that are registered", self.registrations.clone());
         r.register(
             "registrations_behind",
@@ -426,10 +440,22 @@ impl Metrics {
         self.source_services.get_or_create(&from).set(number(figures.services));
     }
 
-    /// How many instances of this host are registered, and whether these are all.
-    pub fn registered(&self, count: usize, all: bool) {
-        self.registrations.set(i64::try_from(count).unwrap_or(i64::MAX));
-        self.registrations_behind.set(i64::from(!all));
+    /// Of each service of this host: how many ports are ready, and how many are not.
+    pub fn local_ports(&self, counts: &BTreeMap<ServiceName, (usize, usize)>) {
+        self.local_ports.clear();
+        for (service, (ready, unready)) in counts {
+            for (word, count) in [("true", ready), ("false", unready)] {
+                let labels = LocalPorts { service: service.to_string(), ready: word };
+                self.local_ports.get_or_create(&labels).set(i64::try_from(*count).unwrap_or(i64::MAX));
+            }
+        }
+    }
+
+    /// How many instances of this host are registered with a registry, and whether these are all.
+    pub fn registered(&self, registry: &'static str, count: usize, all: bool) {
+        let labels = Registered { registry };
+        self.registrations.get_or_create(&labels).set(i64::try_from(count).unwrap_or(i64::MAX));
+        self.registrations_behind.get_or_create(&labels).set(i64::from(!all));
     }
 
     /// A kernel map has this many entries in use.
@@ -647,6 +673,17 @@ mod tests {
         assert!(text.contains(r#"mesh_kernel_verdicts_total{verdict="redirected"} 11"#), "{text}");
         assert!(text.contains("mesh_kernel_map_full_total 6"), "{text}");
         assert!(text.contains(r#"verdict="passed"} 8"#), "{text}");
+    }
+
+    #[test]
+    fn ports_are_counted_by_whether_they_are_ready() {
+        let metrics = Metrics::new();
+        metrics.local_ports(&[("web".parse().expect("valid"), (2, 1)), ("old".parse().expect("valid"), (1, 0))].into());
+        metrics.local_ports(&[("web".parse().expect("valid"), (3, 0))].into());
+        let text = metrics.encode();
+        assert!(text.contains(r#"mesh_local_ports{service="web",ready="true"} 3"#), "{text}");
+        assert!(text.contains(r#"mesh_local_ports{service="web",ready="false"} 0"#), "{text}");
+        assert!(!text.contains("old"), "{text}");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::{
     addr::canonical,
     config::cloud_map::{CloudMap, Health},
     id::ServiceName,
-    instance::{Contribution, Interned, meshed, meta, ports, service},
+    instance::{Contribution, Interned, meshed, meta, ports, service, tags},
     resolve::of_datacenter,
     services::{Attributes, DEFAULT_WEIGHT, EndpointEntry},
 };
@@ -43,6 +43,7 @@ pub mod attribute {
     /// Instances that are names.
     pub const NAMES: [&str; 2] = ["AWS_INSTANCE_CNAME", "AWS_ALIAS_DNS_NAME"];
     pub const FIRST_HEALTH: &str = "AWS_INIT_HEALTH_STATUS";
+    pub const UNHEALTHY: &str = "UNHEALTHY";
 }
 
 /// Attributes that name an instance's zone, in order of precedence: ours, ECS's, Service Connect's, custom ones.
@@ -117,7 +118,7 @@ fn endpoint(instance: &Instance, config: &CloudMap, interned: &mut Interned) -> 
     let zone = ZONES.iter().find_map(|key| says.get(*key)).filter(|zone| !zone.is_empty()).cloned();
     let besides = |key: &str| !key.starts_with(meta::PREFIX) && !key.starts_with(attribute::PREFIX);
     let meta = says.iter().filter(|(key, _)| besides(key)).map(|(key, value)| (key.clone(), value.clone()));
-    let attributes = interned.of(Attributes { tags: Default::default(), meta: meta.collect() });
+    let attributes = interned.of(Attributes { tags: tags(says), meta: meta.collect() });
     Ok(EndpointEntry { port: None, alias: false, addr, agent, identity, weight: DEFAULT_WEIGHT, zone, attributes })
 }
 

@@ -28,6 +28,19 @@ pub struct CloudMap {
     pub list_interval: Duration,
     /// Most questions in a second.
     pub rate: u32,
+    /// `None`: tasks of this host are not registered.
+    pub registration: Option<Registration>,
+}
+
+/// How tasks of this host are registered, with the first namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Registration {
+    /// Tags of every instance.
+    pub tags: Vec<String>,
+    /// How often what is registered is compared with what should be.
+    pub interval: Duration,
+    /// Most requests in a second, besides those of asking.
+    pub rate: u32,
 }
 
 /// Which instances may be chosen.
@@ -78,8 +91,20 @@ pub(super) fn cloud_map(s: &mut Section<'_>, configured: bool) -> Option<CloudMa
         intervals,
         list_interval: s.duration("list_interval", second, HOUR).unwrap_or(30 * second),
         rate: s.number("rate", 1, 500).unwrap_or(10),
+        registration: s.section("registration", registration),
     };
     enabled.then_some(cloud_map)
+}
+
+fn registration(s: &mut Section<'_>) -> Option<Registration> {
+    let enabled = s.boolean("enabled").unwrap_or(false);
+    let second = Duration::from_secs(1);
+    let registration = Registration {
+        tags: s.list("tags", not_empty).unwrap_or_default(),
+        interval: s.duration("interval", second, HOUR).unwrap_or(60 * second),
+        rate: s.number("rate", 1, 500).unwrap_or(5),
+    };
+    enabled.then_some(registration)
 }
 
 fn namespace(text: &str) -> Result<String, (String, String)> {
@@ -107,6 +132,19 @@ pub(crate) mod tests {
     pub(crate) fn cloud_map(lines: &str) -> CloudMap {
         let usual = if lines.contains("namespaces") { "" } else { "namespaces = [\"my.demo\"]\n" };
         parse(&format!("[discovery.cloud_map]\n{usual}{lines}")).expect("parses").cloud_map.expect("configured")
+    }
+
+    /// The configuration with these lines in `[discovery.cloud_map.registration]`.
+    pub(crate) fn registration(lines: &str) -> Registration {
+        let found = cloud_map(&format!("[discovery.cloud_map.registration]\nenabled = true\n{lines}"));
+        found.registration.expect("enabled")
+    }
+
+    #[test]
+    fn registering_is_off_unless_wanted() {
+        assert_eq!(cloud_map("").registration, None);
+        assert_eq!(cloud_map("[discovery.cloud_map.registration]\ntags = [\"a\"]").registration, None);
+        assert_eq!((registration("").interval, registration("").rate), (Duration::from_secs(60), 5));
     }
 
     #[test]

@@ -53,6 +53,7 @@ fn the_example_shows_every_key() {
         "discovery.consul.registration",
         "discovery.ecs",
         "discovery.cloud_map",
+        "discovery.cloud_map.registration",
         "admin",
         "log",
     ] {

@@ -1,7 +1,6 @@
 //! What Consul has to be told about this host's tasks, and what has to be done so that it knows exactly that.
 //!
-//! The snapshot is the truth: an endpoint of a local task is registered as it stands there, with the health that it has
-//! there. Whatever decides about readiness decides it in [`crate::merge`], and is followed here. Must not know HTTP.
+//! Which tasks, and under which names, is [`crate::registration`]'s to say. Must not know HTTP.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,23 +11,10 @@ use crate::{
     addr::canonical,
     config::discovery,
     instance::meta,
-    model::{Endpoint, Health, Reach, Service, Snapshot},
-    task::{NetworkMode, Task},
+    model::Snapshot,
+    registration::{self, Form, OWN_META, Registration},
+    task::Task,
 };
-
-/// An instance as it has to be registered.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Registration {
-    /// `ecs-mesh:<address>:<port>:<task>`: the same after a restart, another for a task that got the port of one before.
-    pub id: String,
-    /// Consul's name of the service.
-    pub name: String,
-    pub addr: SocketAddr,
-    pub tags: BTreeSet<String>,
-    pub meta: BTreeMap<String, String>,
-    /// Whether the endpoint is ready; its check says so.
-    pub ready: bool,
-}
 
 /// What is registered, as Consul's agent says it. Only what bears our mark is ever looked at.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,174 +33,31 @@ pub enum Action {
     Register(Registration),
 }
 
-/// Who keeps registrations on behalf of this host, whatever agent process does it.
-pub fn owner(host: std::net::IpAddr) -> String {
-    format!("ecs-mesh@{host}")
-}
-
 /// The check of an instance.
 pub fn check_id(id: &str) -> String {
     format!("service:{id}")
 }
 
-/// Labels by which a task, or the container in it, says how it wants to be registered.
-pub mod label {
-    /// `false`: not at all.
-    pub const REGISTER: &str = "ecs-mesh.register";
-    /// Tags, with commas between.
-    pub const TAGS: &str = "ecs-mesh.tags";
-    /// `ecs-mesh.meta.<key>`.
-    pub const META: &str = "ecs-mesh.meta.";
-}
-
-/// The convention of registrator, as label or as environment variable: `SERVICE_NAME`, `SERVICE_TAGS`,
-/// `SERVICE_IGNORE`, and the same for one container port: `SERVICE_<port>_NAME`. What else begins so is meta.
-const CONVENTION: &str = "SERVICE_";
 /// Meta of one instance that Consul takes: entries, octets of a key, octets of a value.
 const META_LIMITS: (usize, usize, usize) = (64, 128, 512);
-/// Of the entries, how many are ours.
-const OWN_META: usize = 8;
 
-/// Everything of this host that has to be registered, by id. `tunnel` is where tunnels to this host end.
-///
-/// A task that is told to stop is not among it from that moment on.
+/// Everything of this host that has to be registered with Consul, by id; see [`registration::desired`].
 pub fn desired(
     snapshot: &Snapshot,
     tasks: &[Task],
     tunnel: SocketAddr,
     config: &discovery::Registration,
 ) -> BTreeMap<String, Registration> {
-    let tasks: BTreeMap<_, _> = tasks.iter().map(|task| (&task.id, task)).collect();
-    // (task, address as registered) to where it is served.
-    let mut served: BTreeMap<_, Served<'_>> = BTreeMap::new();
-    for service in snapshot.services.values() {
-        for (port, endpoint) in service.ports.iter().flat_map(|port| port.endpoints.iter().map(|e| (port.port, e))) {
-            let Reach::Local { task, deliver, .. } = &endpoint.reach else { continue };
-            let Some(workload) = snapshot.workloads.get(task).filter(|workload| workload.service == service.name)
-            else {
-                continue;
-            };
-            if let Some(task) = tasks.get(&workload.task) {
-                let new = || Served { service, task, endpoint, target: deliver.port(), ports: BTreeSet::new() };
-                served.entry((&workload.task, endpoint.addr)).or_insert_with(new).ports.insert(port);
-            }
-        }
-    }
-    // A name for the ports of a task, where it serves several.
-    let mut targets: BTreeMap<_, BTreeSet<u16>> = BTreeMap::new();
-    for served in served.values() {
-        targets.entry(&served.task.id).or_default().insert(served.target);
-    }
-    let several = |task: &Task| targets.get(&task.id).is_some_and(|targets| targets.len() > 1);
-    let wanted = served.values().filter_map(|served| served.registration(several(served.task), tunnel, config));
-    wanted.map(|registration| (registration.id.clone(), registration)).collect()
+    let form = Form { tags: &config.tags, meta: META_LIMITS.0 - OWN_META, takes };
+    registration::desired(snapshot, tasks, tunnel, &form)
 }
 
-struct Served<'a> {
-    service: &'a Service,
-    task: &'a Task,
-    endpoint: &'a Endpoint,
-    /// Where the application listens.
-    target: u16,
-    ports: BTreeSet<u16>,
-}
-
-impl Served<'_> {
-    fn registration(
-        &self,
-        several: bool,
-        tunnel: SocketAddr,
-        config: &discovery::Registration,
-    ) -> Option<Registration> {
-        let Self { service, task, endpoint, target, ports } = self;
-        let identity = endpoint.identity.as_ref()?;
-        if endpoint.health == Health::Draining || self.is_refused() || !self.is_reachable() {
-            return None;
-        }
-        let name = self.said("NAME").map_or_else(
-            || if several { format!("{}-{target}", service.name) } else { service.name.to_string() },
-            str::to_owned,
-        );
-        let agent = match task.mode {
-            NetworkMode::Awsvpc => SocketAddr::new(endpoint.addr.ip(), tunnel.port()),
-            NetworkMode::Bridge | NetworkMode::Host | NetworkMode::None => canonical(tunnel),
-        };
-        let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
-        let mut meta = self.meta();
-        for (key, value) in [
-            (meta::AGENT, agent.to_string()),
-            (meta::IDENTITY, identity.to_string()),
-            (meta::OWNER, owner(tunnel.ip())),
-            (meta::PORTS, ports.join(",")),
-            (meta::SERVICE, service.name.to_string()),
-            (meta::TARGET, target.to_string()),
-            (meta::TASK, task.id.to_string()),
-            (meta::ZONE, endpoint.zone.as_deref().unwrap_or_default().to_owned()),
-        ] {
-            if !value.is_empty() {
-                meta.insert(key.into(), value);
-            }
-        }
-        let listed = |text: &str| {
-            let tags = text.split(',').map(str::trim).filter(|tag| !tag.is_empty());
-            tags.map(str::to_owned).collect::<Vec<_>>()
-        };
-        let own = task.labels.get(label::TAGS).map(String::as_str);
-        let tags = own.into_iter().chain(self.said("TAGS")).flat_map(listed).chain(config.tags.iter().cloned());
-        Some(Registration {
-            id: format!("ecs-mesh:{}:{}", endpoint.addr, task.id),
-            name,
-            addr: endpoint.addr,
-            tags: tags.collect(),
-            meta,
-            ready: endpoint.health == Health::Healthy,
-        })
-    }
-
-    /// What the convention says for the port, else for the task.
-    fn said(&self, key: &str) -> Option<&str> {
-        let Self { task, target, .. } = self;
-        let labels = [format!("{CONVENTION}{target}_{key}"), format!("{CONVENTION}{key}")];
-        let said = labels.iter().find_map(|label| task.labels.get(label));
-        said.map(|text| text.trim()).filter(|text| !text.is_empty())
-    }
-
-    fn is_refused(&self) -> bool {
-        let label = self.task.labels.get(label::REGISTER).map(|label| label.trim().to_ascii_lowercase());
-        label.is_some_and(|label| matches!(label.as_str(), "false" | "no" | "off" | "0"))
-            || self.said("IGNORE").is_some()
-    }
-
-    /// An unpublished port of a bridge task has an address that means something on this host only.
-    fn is_reachable(&self) -> bool {
-        self.task.mode != NetworkMode::Bridge || self.task.address != Some(self.endpoint.addr.ip())
-    }
-
-    /// Meta from labels. Ours wins over the convention; what Consul would refuse is left out.
-    fn meta(&self) -> BTreeMap<String, String> {
-        let (entries, key_length, value_length) = META_LIMITS;
-        let conventional = self.task.labels.iter().filter_map(|(label, value)| {
-            let rest = label.strip_prefix(CONVENTION)?;
-            let key = match rest.split_once('_') {
-                Some((port, key)) if port.parse::<u16>().is_ok() => (port.parse() == Ok(self.target)).then_some(key)?,
-                _ => rest,
-            };
-            let taken = matches!(key, "NAME" | "TAGS" | "IGNORE" | "ID") || key.starts_with("CHECK_");
-            (!taken).then(|| (key.to_ascii_lowercase(), value))
-        });
-        let own = self.task.labels.iter();
-        let own = own.filter_map(|(label, value)| Some((label.strip_prefix(label::META)?.to_owned(), value)));
-        let allowed = |key: &str, value: &str| {
-            (1..=key_length).contains(&key.len())
-                && key.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
-                && value.len() <= value_length
-                && !key.starts_with(meta::PREFIX)
-                && !key.to_ascii_lowercase().starts_with("consul-")
-        };
-        let all: BTreeMap<String, String> =
-            conventional.chain(own).map(|(key, value)| (key, value.clone())).filter(|(k, v)| allowed(k, v)).collect();
-        all.into_iter().take(entries - OWN_META).collect()
-    }
+fn takes(key: &str, value: &str) -> bool {
+    let (_, key_length, value_length) = META_LIMITS;
+    (1..=key_length).contains(&key.len())
+        && key.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
+        && value.len() <= value_length
+        && !key.to_ascii_lowercase().starts_with("consul-")
 }
 
 /// What of `desired` is to be registered now: what is ready, and what is registered already, which its check then calls
@@ -239,19 +82,17 @@ pub fn actions(desired: &BTreeMap<String, Registration>, observed: &[Observed], 
         .map(|observed| (observed.id.as_str(), observed))
         .collect();
     let gone = ours.keys().filter(|id| !desired.contains_key(**id));
-    let wrong = desired.values().filter(|wanted| !ours.get(wanted.id.as_str()).is_some_and(|it| wanted.is(it)));
+    let wrong = desired.values().filter(|wanted| !ours.get(wanted.id.as_str()).is_some_and(|it| is(wanted, it)));
     let gone = gone.map(|id| Action::Deregister { id: (*id).to_owned() });
     gone.chain(wrong.cloned().map(Action::Register)).collect()
 }
 
-impl Registration {
-    /// Whether it is registered so. Readiness is not part of it: that is the check's.
-    fn is(&self, observed: &Observed) -> bool {
-        self.name == observed.name
-            && Some(self.addr) == observed.addr.map(canonical)
-            && self.tags == observed.tags
-            && self.meta == observed.meta
-    }
+/// Whether it is registered so. Readiness is not part of it: that is the check's.
+fn is(wanted: &Registration, observed: &Observed) -> bool {
+    wanted.name == observed.name
+        && Some(wanted.addr) == observed.addr.map(canonical)
+        && wanted.tags == observed.tags
+        && wanted.meta == observed.meta
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use super::grpc;
 use crate::{
     document::{Section, duration},
     id::ServiceName,
+    registration,
     task::Task,
 };
 
@@ -87,8 +88,8 @@ pub struct Readiness {
 }
 
 impl Readiness {
-    /// What counts for a task of `service`, and what is wrong with its labels.
-    pub fn of(&self, task: &Task, service: &ServiceName) -> (Settings, Option<String>) {
+    /// What counts for a container port of a task of `service`, and what is wrong with its labels.
+    pub fn of(&self, task: &Task, service: &ServiceName, port: u16) -> (Settings, Option<String>) {
         let configured = self.services.get(service).unwrap_or(&self.default);
         let labels: BTreeMap<&str, &str> = task
             .labels
@@ -96,10 +97,9 @@ impl Readiness {
             .filter_map(|(key, value)| Some((key.strip_prefix(label::PREFIX)?, value.trim())))
             .collect();
         let stop_after = task.labels.get(label::STOP_AFTER).map(|text| text.trim());
-        let settings = match labelled(configured, &labels, stop_after) {
-            Ok(settings) => (settings, None),
-            Err(problem) => (configured.clone(), Some(problem)),
-        };
+        let settings = conventional(configured, task, port)
+            .and_then(|(conventional, ignored)| Ok((labelled(&conventional, &labels, stop_after)?, ignored)));
+        let settings = settings.unwrap_or_else(|problem| (configured.clone(), Some(problem)));
         let own_health = task.containers.iter().any(|container| container.health.is_some());
         match settings {
             // Its own health check is what speaks for it.
@@ -172,10 +172,6 @@ fn labelled(
     if let Some(text) = get(label::GRPC_SERVICE) {
         settings.grpc_service = grpc_service(text).map_err(|wanted| wrong(label::GRPC_SERVICE, text, &wanted))?;
     }
-    let within = |text: &str, (min, max): (Duration, Duration)| {
-        let span = duration(text).filter(|span| (min..=max).contains(span));
-        span.ok_or_else(|| format!("a duration of {min:?} to {max:?}, such as `15s`"))
-    };
     let span = |key: &str, limits: (Duration, Duration), into: &mut Duration| match get(key) {
         None => Ok(()),
         Some(text) => within(text, limits).map(|span| *into = span).map_err(|wanted| wrong(key, text, &wanted)),
@@ -205,6 +201,42 @@ fn labelled(
         None => {}
     }
     Ok(settings)
+}
+
+/// As registrator's labels say, and which of them nobody heeds: what runs a program in the container, and what is not
+/// a probe. Labels of ours come after.
+fn conventional(configured: &Settings, task: &Task, port: u16) -> Result<(Settings, Option<String>), String> {
+    const HEEDED: [&str; 4] = ["HTTP", "TCP", "INTERVAL", "TIMEOUT"];
+    let mut settings = configured.clone();
+    let wrong = |(label, text): (&str, &str), wanted: &str| {
+        format!("label `{label}` is `{}`; write {wanted}", text.escape_debug())
+    };
+    let said = |key: &str| registration::said(task, port, &format!("CHECK_{key}"));
+    if let Some((label, text)) = said("HTTP") {
+        settings.check = Check::Http;
+        settings.path = path(text).map_err(|wanted| wrong((label, text), &wanted))?;
+        settings.chosen = true;
+    } else if said("TCP").is_some_and(|(_, text)| text.eq_ignore_ascii_case("true") || text == "1") {
+        settings.check = Check::Tcp;
+        settings.chosen = true;
+    }
+    for (key, limits, into) in
+        [("INTERVAL", INTERVAL, &mut settings.interval), ("TIMEOUT", TIMEOUT, &mut settings.timeout)]
+    {
+        if let Some(said) = said(key) {
+            *into = within(said.1, limits).map_err(|wanted| wrong(said, &wanted))?;
+        }
+    }
+    let ignored = registration::about(task, port, "CHECK_").find(|(_, key)| !HEEDED.contains(key));
+    let ignored = ignored.map(|(label, _)| {
+        format!("label `{label}` is ignored: only HTTP, TCP, INTERVAL and TIMEOUT are heeded; see `{}`", label::PREFIX)
+    });
+    Ok((settings, ignored))
+}
+
+fn within(text: &str, (min, max): (Duration, Duration)) -> Result<Duration, String> {
+    let span = duration(text).filter(|span| (min..=max).contains(span));
+    span.ok_or_else(|| format!("a duration of {min:?} to {max:?}, such as `15s`"))
 }
 
 fn check(word: &str) -> Option<Check> {
@@ -302,7 +334,7 @@ mod tests {
     fn of(readiness: &Readiness, labels: &[(&str, &str)]) -> (Settings, Option<String>) {
         let mut task = bridge_task("t1", "web", "172.17.0.2", &[80]);
         task.labels = labels.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
-        readiness.of(&task, &"web".parse().expect("valid"))
+        readiness.of(&task, &"web".parse().expect("valid"), 80)
     }
 
     #[test]
@@ -354,13 +386,47 @@ mod tests {
     }
 
     #[test]
+    fn labels_of_registrator_are_a_probe() {
+        let readiness = parse("[readiness]\nfailures = 5").expect("parses");
+        let labels = [
+            ("SERVICE_CHECK_HTTP", "/all"),
+            ("SERVICE_80_CHECK_HTTP", "/health?a=1"),
+            ("SERVICE_81_CHECK_HTTP", "/other"),
+            ("SERVICE_CHECK_INTERVAL", "15s"),
+            ("SERVICE_80_CHECK_TIMEOUT", "2s"),
+        ];
+        let (settings, problem) = of(&readiness, &labels);
+        assert_eq!((settings.check, settings.path.as_str(), problem), (Check::Http, "/health?a=1", None));
+        assert_eq!((settings.interval, settings.timeout), (Duration::from_secs(15), Duration::from_secs(2)));
+        assert!(settings.chosen && settings.failures == 5);
+        assert_eq!(of(&readiness, &labels[..1]).0.path, "/all");
+        assert_eq!(of(&readiness, &[("SERVICE_CHECK_TCP", "true")]).0.check, Check::Tcp);
+        assert_eq!(of(&readiness, &[("SERVICE_CHECK_TCP", "false")]).0.check, Check::Listen);
+        // Ours win.
+        let both = [("SERVICE_CHECK_HTTP", "/all"), ("ecs-mesh.ready", "tcp"), ("ecs-mesh.ready.interval", "1s")];
+        assert_eq!(of(&readiness, &both).0.check, Check::Tcp);
+        // What is not heeded is told, and the rest counts.
+        for label in ["SERVICE_CHECK_SCRIPT", "SERVICE_80_CHECK_HTTPS", "SERVICE_CHECK_TTL"] {
+            let (settings, problem) = of(&readiness, &[(label, "x"), ("SERVICE_CHECK_TCP", "true")]);
+            assert_eq!(settings.check, Check::Tcp);
+            assert!(problem.is_some_and(|it| it.starts_with(&format!("label `{label}` is ignored"))), "{label}");
+        }
+        assert_eq!(of(&readiness, &[("SERVICE_81_CHECK_SCRIPT", "x")]).1, None, "another port's");
+        for (label, text) in [("SERVICE_CHECK_HTTP", "up"), ("SERVICE_80_CHECK_INTERVAL", "often")] {
+            let (settings, problem) = of(&readiness, &[(label, text), ("SERVICE_CHECK_TCP", "true")]);
+            assert_eq!(settings.check, Check::Listen);
+            assert!(problem.is_some_and(|it| it.starts_with(&format!("label `{label}` is `{text}`; write"))));
+        }
+    }
+
+    #[test]
     fn a_health_check_of_its_own_speaks_for_a_task_that_says_nothing_else() {
         let mut task = bridge_task("t1", "web", "172.17.0.2", &[80]);
         task.containers[0].health = Some(ContainerHealth::Healthy);
         let service = "web".parse().expect("valid");
-        assert_eq!(Readiness::default().of(&task, &service).0.check, Check::None);
+        assert_eq!(Readiness::default().of(&task, &service, 80).0.check, Check::None);
         task.labels.insert("ecs-mesh.ready".into(), "tcp".into());
-        assert_eq!(Readiness::default().of(&task, &service).0.check, Check::Tcp);
+        assert_eq!(Readiness::default().of(&task, &service, 80).0.check, Check::Tcp);
     }
 
     #[test]

@@ -102,3 +102,21 @@ fn a_container_that_was_started_again_is_not_ready() {
     more.containers.push(Container { exposed: vec![9000], published: Vec::new(), ..again.containers[0].clone() });
     assert!(gate.admits(&more, 80));
 }
+
+#[test]
+fn why_a_port_is_not_ready() {
+    let mut task = bridge_task("t1", "web", "172.17.0.2", &[80]);
+    let (now, settings) = (Duration::from_secs(5), Settings::default());
+    let begun = Standing::begin(false, now);
+    let refused = Some("no connection");
+    let ready = begun.probed(true, now, &settings);
+    let failing = (0..settings.failures).fold(ready, |standing, _| standing.probed(false, now, &settings));
+    let said = |task: &Task, probe| unready(task, probe).unwrap_or_default();
+    assert_eq!(said(&task, None), "");
+    assert_eq!(said(&task, Some((begun, None))), "the first probe has not ended yet");
+    assert_eq!(said(&task, Some((begun, refused))), "it has not been ready yet: no connection");
+    assert_eq!(said(&task, Some((ready, refused))), "", "one that fails now and then is ready");
+    assert_eq!(said(&task, Some((failing, refused))), "it was ready: no connection");
+    task.containers[0].health = Some(ContainerHealth::Unhealthy);
+    assert_eq!(said(&task, Some((ready, None))), "docker calls the container web unhealthy");
+}

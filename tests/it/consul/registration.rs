@@ -1,130 +1,32 @@
 //! What Consul learns of this host's tasks, and that it is neither more nor less.
 
 use std::{
-    cell::RefCell,
-    collections::BTreeMap,
-    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
-use mesh_agent::{
-    discovery::consul::registrar::{Registered, Registrar},
-    state::{self, Publisher},
-};
-use mesh_core::{
-    config::{self, Config},
-    merge::{self, Merged, Sources},
-    readiness::Gate,
-    task::{Container, ContainerHealth, NetworkMode, Phase, Published, Task},
-};
+use mesh_agent::discovery::{Registrar, consul::registrar};
+use mesh_core::task::{ContainerHealth, Phase, Task};
 use mesh_tests::{
     consul::Server,
     tier::{Tier, figure, require},
     until::until,
 };
 use serde_json::{Value, json};
-use tokio::{runtime::Runtime, sync::watch};
 
-const LIMIT: Duration = Duration::from_secs(20);
-const HOST: [u8; 4] = [10, 90, 1, 10];
+use crate::registering::{Host, LIMIT, task};
 
-/// A host's registrar, with tasks that the test says.
-struct Host {
-    config: Config,
-    publisher: Publisher,
-    merged: RefCell<Merged>,
-    tasks: watch::Sender<Arc<Vec<Task>>>,
-    stop: watch::Sender<bool>,
-    status: watch::Receiver<Registered>,
-    running: Option<tokio::task::JoinHandle<()>>,
-    runtime: Runtime,
-}
-
-impl Host {
-    fn start(address: &str, more: &str, tasks: &[Task]) -> Result<Self> {
-        let text = format!(
-            "[identity]\ntrust_domain = \"t\"\nca_bundle = \"/x\"\njoin_token_file = \"/x\"\n\
-             [discovery.consul]\naddress = \"{address}\"\n{more}\n\
-             [discovery.consul.registration]\nenabled = true\nttl = \"3s\"\n"
-        );
-        let config = config::parse(&text).map_err(|faults| anyhow::anyhow!("{faults:?}"))?;
+fn start(address: &str, more: &str, tasks: &[Task]) -> Result<Host> {
+    let lines = format!(
+        "[discovery.consul]\naddress = \"{address}\"\n{more}\n\
+         [discovery.consul.registration]\nenabled = true\nttl = \"3s\"\n"
+    );
+    Host::start(&lines, tasks, |config, tunnel| {
         let consul = Arc::new(config.discovery.consul.clone().context("configured")?);
         let registration = consul.registration.clone().context("enabled")?;
-        let registrar = Registrar::new(&consul, registration, (HOST, 15008).into())?;
-        let (publisher, published) = state::publish();
-        let (sender, receiver) = watch::channel(Arc::new(Vec::new()));
-        let (stop, stopped) = watch::channel(false);
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let status = registrar.status();
-        let merged = RefCell::default();
-        let mut host = Self { config, publisher, merged, tasks: sender, stop, status, running: None, runtime };
-        host.show(tasks);
-        host.running = Some(host.runtime.spawn(registrar.run(published, receiver, stopped)));
-        Ok(host)
-    }
-
-    /// The tasks of the host are these from now on.
-    fn show(&self, tasks: &[Task]) {
-        let sources = Sources {
-            sets: &[],
-            tasks: Arc::new(tasks.to_vec()),
-            gate: &Gate::Open,
-            enrol: &self.config.enrol,
-            cluster: &"demo".parse().expect("valid"),
-            trust_domain: &self.config.identity.trust_domain,
-            host: HOST.into(),
-            tunnel: (HOST, 15008).into(),
-            zone: None,
-            vips: &self.config.vip,
-        };
-        self.tasks.send_replace(sources.tasks.clone());
-        let next = merge::merge(&self.merged.borrow(), &sources);
-        self.publisher.replace(next.snapshot.clone());
-        self.merged.replace(next);
-    }
-
-    /// Stops as the agent does.
-    fn leave(mut self) -> Result<()> {
-        self.stop.send_replace(true);
-        let running = self.running.take().context("it runs")?;
-        Ok(self.runtime.block_on(running)?)
-    }
-
-    fn await_error(&self, part: &str) -> Result<()> {
-        until(LIMIT, &format!("an error with `{part}`"), || {
-            let error = self.status.borrow().error.clone();
-            Ok(if error.as_ref().is_some_and(|error| error.contains(part)) {
-                Ok(())
-            } else {
-                Err(format!("{error:?}"))
-            })
-        })
-    }
-}
-
-fn task(id: &str, family: &str, port: u16) -> Task {
-    let host = SocketAddr::new([0, 0, 0, 0].into(), port);
-    Task {
-        id: id.parse().expect("valid"),
-        cluster: None,
-        family: family.into(),
-        mode: NetworkMode::Bridge,
-        phase: Phase::Running,
-        containers: vec![Container {
-            id: "0".repeat(64),
-            name: family.into(),
-            exposed: vec![8080],
-            published: vec![Published { container_port: 8080, host }],
-            cgroup: None,
-            pid: Some(1),
-            health: None,
-        }],
-        address: Some([172, 17, 0, 2].into()),
-        netns: None,
-        labels: BTreeMap::new(),
-    }
+        Ok(Registrar::Consul(registrar::Registrar::new(&consul, registration, tunnel)?))
+    })
 }
 
 /// `id status` of the instances of a service, by their own check.
@@ -156,7 +58,7 @@ fn tasks_come_change_and_go() -> Result<()> {
     }
     let server = Server::start()?;
     let (one, mut two) = (task("t1", "world", 32768), task("t2", "world", 32769));
-    let host = Host::start(&server.address(), "", std::slice::from_ref(&one))?;
+    let host = start(&server.address(), "", std::slice::from_ref(&one))?;
     await_instances(&server, "world", &[ONE])?;
     let service = &server.instances("world")?[0]["Service"];
     assert_eq!((&service["Address"], &service["Port"]), (&json!("10.90.1.10"), &json!(32768)));
@@ -210,7 +112,7 @@ fn what_a_crash_left_goes_and_what_consul_lost_returns() -> Result<()> {
         server.tell("/v1/agent/service/register", &leftover(id, owner))?;
     }
     let one = task("t1", "world", 32768);
-    let host = Host::start(&server.address(), "", std::slice::from_ref(&one))?;
+    let host = start(&server.address(), "", std::slice::from_ref(&one))?;
     await_instances(&server, "world", &[ONE])?;
     await_instances(&server, "old", &["manual none", "neighbour none"])?;
 
@@ -228,7 +130,7 @@ fn what_a_crash_left_goes_and_what_consul_lost_returns() -> Result<()> {
     let began = Instant::now();
     await_instances(&server, "world", &[ONE])?;
     figure("consul_registered_again", began.elapsed().as_secs_f64(), "s");
-    until(LIMIT, "no error is left", || Ok(host.status.borrow().error.clone().map_or(Ok(()), Err)))?;
+    host.await_well()?;
     // The agent is gone, and nobody speaks for the task: Consul takes it for dead.
     drop(host);
     await_instances(&server, "world", &[&ONE.replace("passing", "critical")])
@@ -244,7 +146,7 @@ fn a_token_that_may_not_write_is_named_with_the_rule() -> Result<()> {
     let file = server.folder().join("token");
     std::fs::write(&file, "no-such-token")?;
     let more = format!("token_file = \"{}\"", file.display());
-    let host = Host::start(&server.address(), &more, &[task("t1", "world", 32768)])?;
+    let host = start(&server.address(), &more, &[task("t1", "world", 32768)])?;
     host.await_error("the token needs the ACL rule service_prefix")?;
     std::fs::write(&file, "root-token")?;
     await_instances(&server, "world", &[ONE])

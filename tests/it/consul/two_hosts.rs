@@ -113,7 +113,7 @@ fn tasks_find_each_other_by_consul_and_speak_by_tunnel() -> Result<()> {
         ensure!(told["state"] == "1 instances of this host", "{told}");
         let metrics = mesh.host(0).run(&["curl", "-sS", "http://127.0.0.1:15020/metrics"])?;
         ensure!(metrics.contains("mesh_source_answer_age_seconds{source=\"consul http"), "{metrics}");
-        ensure!(metrics.contains("mesh_registrations 1"), "{metrics}");
+        ensure!(metrics.contains("mesh_registrations{registry=\"consul\"} 1"), "{metrics}");
         Ok(())
     });
     checks.run("`check` asks Consul", || {

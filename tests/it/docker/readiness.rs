@@ -48,6 +48,9 @@ fn nobody_is_sent_to_a_task_that_is_not_ready() -> Result<()> {
             let began = Instant::now();
             mesh.host(0).docker(&["kill", "--signal=USR1", &ill.task.container])?;
             await_health(&mesh, &ill, health)?;
+            let status = mesh.document(0, &["status"])?.to_string();
+            let reason = "it was ready: GET /healthz was answered";
+            ensure!(status.contains(reason) == (health == "unhealthy"), "{health}: {status}");
             figure(&format!("readiness_{health}_known"), began.elapsed().as_secs_f64() * 1e3, "ms");
         }
         Ok(())

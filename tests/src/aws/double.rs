@@ -190,6 +190,8 @@ fn serve(stream: TcpStream, shared: &Mutex<Shared>) -> std::io::Result<()> {
             said
         };
         let (status, text) = match said {
+            // An action without an answer of its own.
+            Said::Ok(Value::Null) => (200, String::new()),
             Said::Ok(value) => (200, value.to_string()),
             Said::Error(status, code, message) => (status, json!({ "__type": code, "message": message }).to_string()),
             Said::Raw(status, text) => (status, text.to_owned()),

@@ -1,22 +1,24 @@
-//! Questions to Cloud Map by the SDK, and what of an answer is of use.
+//! Questions and requests to Cloud Map by the SDK, and what of an answer is of use.
 //!
 //! Must not know when anything is asked.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, Mutex, PoisonError},
 };
 
 use aws_sdk_servicediscovery::types::{
-    FilterCondition, HealthStatus, HealthStatusFilter, HttpInstanceSummary, NamespaceFilter, NamespaceFilterName,
-    ServiceFilter, ServiceFilterName,
+    CustomHealthStatus, FilterCondition, HealthStatus, HealthStatusFilter, HttpInstanceSummary, NamespaceFilter,
+    NamespaceFilterName, ServiceFilter, ServiceFilterName,
 };
 use mesh_core::{
     cloud_map::{
         entries::{Instance, LARGEST_ANSWER, Said},
         known::Key,
+        ledger::{Call, Service},
     },
     config::cloud_map::CloudMap,
+    instance::meta,
 };
 
 use super::super::aws::{self, NoPrefixBeforeAddress, Trouble};
@@ -24,6 +26,9 @@ use super::super::aws::{self, NoPrefixBeforeAddress, Trouble};
 const LIST_NAMESPACES: &str = "servicediscovery:ListNamespaces";
 const LIST_SERVICES: &str = "servicediscovery:ListServices";
 const DISCOVER: &str = "servicediscovery:DiscoverInstances";
+const REGISTER: &str = "servicediscovery:RegisterInstance";
+const DEREGISTER: &str = "servicediscovery:DeregisterInstance";
+const TELL_HEALTH: &str = "servicediscovery:UpdateInstanceCustomHealthStatus";
 
 /// A question.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -43,6 +48,20 @@ pub enum Answer {
         questions: u32,
     },
     Instances(Vec<Instance>),
+}
+
+/// What comes of a [`Call`].
+#[derive(Debug)]
+pub enum Told {
+    Services {
+        services: BTreeMap<String, Service>,
+        /// How many it took.
+        questions: u32,
+    },
+    Instances(Vec<Instance>),
+    /// It is taken, and will be carried out; Cloud Map's name of it.
+    Operation(Option<String>),
+    Done,
 }
 
 /// See the module's text.
@@ -67,25 +86,78 @@ impl Client {
     pub async fn ask(&self, config: &CloudMap, asked: &Asked) -> Result<Answer, Trouble> {
         match asked {
             Asked::Names(namespace) => {
-                let mut questions = 0;
-                let known = self.ids().contains_key(namespace);
-                let id = self.id(config, *namespace, &mut questions).await?;
-                let mut names = self.services(&id, &mut questions).await?;
-                if names.is_empty() && known {
-                    // Or the namespace is gone, and perhaps made anew with another id: a filter says nothing of that.
-                    self.ids().remove(namespace);
-                    let again = self.id(config, *namespace, &mut questions).await?;
-                    if again != id {
-                        names = self.services(&again, &mut questions).await?;
-                    }
-                }
-                Ok(Answer::Names { names, questions })
+                let (services, questions) = self.listed(config, *namespace).await?;
+                Ok(Answer::Names { names: services.into_keys().collect(), questions })
             }
             Asked::Service((namespace, name)) => {
                 let namespace = config.namespaces.get(*namespace).map(String::as_str).unwrap_or_default();
-                self.instances(namespace, name).await.map(Answer::Instances)
+                self.instances(namespace, name, None).await.map(Answer::Instances)
             }
         }
+    }
+
+    /// Makes a request about what this host has in the first namespace; `service` is the one that it is about.
+    ///
+    /// # Errors
+    /// It was not taken, or nobody knows.
+    pub async fn call(
+        &self,
+        config: &CloudMap,
+        call: &Call,
+        owner: &str,
+        service: Option<&Service>,
+    ) -> Result<Told, Trouble> {
+        let id = service.map(|service| service.id.as_str()).unwrap_or_default();
+        let namespace = config.namespaces.first().map(String::as_str).unwrap_or_default();
+        match call {
+            Call::List => {
+                let (services, questions) = self.listed(config, 0).await?;
+                Ok(Told::Services { services, questions })
+            }
+            Call::Look(name) => self.instances(namespace, name, Some(owner)).await.map(Told::Instances),
+            Call::Register((_, instance), attributes) => {
+                let attributes: HashMap<_, _> = attributes.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
+                let asked = self.api.register_instance().service_id(id).instance_id(instance);
+                let answer = asked.set_attributes(Some(attributes)).send().await;
+                Ok(Told::Operation(answer.map_err(|error| Trouble::of(REGISTER, error))?.operation_id))
+            }
+            Call::Deregister((_, instance)) => {
+                let asked = self.api.deregister_instance().service_id(id).instance_id(instance);
+                match asked.send().await.map_err(|error| Trouble::of(DEREGISTER, error)) {
+                    Ok(answer) => Ok(Told::Operation(answer.operation_id)),
+                    Err(trouble) if trouble.is_gone() => Ok(Told::Done),
+                    Err(trouble) => Err(trouble),
+                }
+            }
+            Call::Tell((_, instance), well) => {
+                let status = if *well { CustomHealthStatus::Healthy } else { CustomHealthStatus::Unhealthy };
+                let asked = self.api.update_instance_custom_health_status().service_id(id).instance_id(instance);
+                asked.status(status).send().await.map_err(|error| Trouble::of(TELL_HEALTH, error))?;
+                Ok(Told::Done)
+            }
+        }
+    }
+
+    /// The id of the first namespace, once it was asked for.
+    pub fn known_id(&self) -> Option<Arc<str>> {
+        self.ids().get(&0).cloned()
+    }
+
+    /// The services of a namespace, and how many questions it took.
+    async fn listed(&self, config: &CloudMap, namespace: usize) -> Result<(BTreeMap<String, Service>, u32), Trouble> {
+        let mut questions = 0;
+        let known = self.ids().contains_key(&namespace);
+        let id = self.id(config, namespace, &mut questions).await?;
+        let mut services = self.services(&id, &mut questions).await?;
+        if services.is_empty() && known {
+            // Or the namespace is gone, and perhaps made anew with another id: a filter says nothing of that.
+            self.ids().remove(&namespace);
+            let again = self.id(config, namespace, &mut questions).await?;
+            if again != id {
+                services = self.services(&again, &mut questions).await?;
+            }
+        }
+        Ok((services, questions))
     }
 
     fn ids(&self) -> std::sync::MutexGuard<'_, BTreeMap<usize, Arc<str>>> {
@@ -118,10 +190,10 @@ impl Client {
         }
     }
 
-    async fn services(&self, namespace: &str, questions: &mut u32) -> Result<BTreeSet<String>, Trouble> {
+    async fn services(&self, namespace: &str, questions: &mut u32) -> Result<BTreeMap<String, Service>, Trouble> {
         let filter = ServiceFilter::builder().name(ServiceFilterName::NamespaceId).values(namespace);
         let filter = filter.condition(FilterCondition::Eq).build().ok();
-        let mut names = BTreeSet::new();
+        let mut found = BTreeMap::new();
         let mut page = None;
         loop {
             *questions += 1;
@@ -129,19 +201,24 @@ impl Client {
             let asked = asked.max_results(100).set_next_token(page);
             let answer = asked.send().await.map_err(|error| Trouble::of(LIST_SERVICES, error))?;
             let services = answer.services.ok_or(Trouble::Malformed { action: LIST_SERVICES, source: None })?;
-            names.extend(services.into_iter().filter_map(|service| service.name));
+            found.extend(services.into_iter().filter_map(|it| {
+                let health = it.health_check_custom_config.is_some();
+                Some((it.name?, Service { id: it.id.unwrap_or_default(), health }))
+            }));
             page = answer.next_token.filter(|token| !token.is_empty());
             if page.is_none() {
-                return Ok(names);
+                return Ok(found);
             }
         }
     }
 
-    async fn instances(&self, namespace: &str, service: &str) -> Result<Vec<Instance>, Trouble> {
+    /// The instances of a service; only those of an `owner`, where there is one.
+    async fn instances(&self, namespace: &str, service: &str, owner: Option<&str>) -> Result<Vec<Instance>, Trouble> {
         let asked = self.api.discover_instances().namespace_name(namespace).service_name(service);
         let largest = i32::try_from(LARGEST_ANSWER).unwrap_or(i32::MAX);
         // All of them, so that one that is ill is told from one that is gone.
         let asked = asked.health_status(HealthStatusFilter::All).max_results(largest);
+        let asked = asked.set_query_parameters(owner.map(|owner| [(meta::OWNER.to_owned(), owner.to_owned())].into()));
         let answer = asked.send().await.map_err(|error| Trouble::of(DISCOVER, error))?;
         let instances = answer.instances.ok_or(Trouble::Malformed { action: DISCOVER, source: None })?;
         instances.into_iter().map(instance).collect()

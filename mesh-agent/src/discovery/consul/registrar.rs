@@ -16,31 +16,24 @@ use mesh_core::{
     config::discovery::{Consul, Registration as Config},
     consul::{
         answer,
-        registration::{self, Action, Registration},
+        registration::{self, Action},
     },
+    registration::{Registration, owner},
     task::Task,
 };
 use serde_json::json;
 use tokio::sync::watch;
 
-use super::client::{Client, Question, READ_AGENT, SetUpError, Trouble, WRITE};
+use super::{
+    super::Registered,
+    client::{Client, Question, READ_AGENT, SetUpError, Trouble, WRITE},
+};
 use crate::state::Published;
 
 /// Beats in the time after which Consul takes an instance for critical.
 const BEATS: u32 = 3;
 /// How long withdrawing everything may take when the agent stops.
 const FAREWELL: Duration = Duration::from_secs(2);
-
-/// How registering goes.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Registered {
-    /// When everything was last as it should be.
-    pub at: Option<SystemTime>,
-    /// Instances of this host.
-    pub count: usize,
-    /// Why not everything is registered; `None`: it is.
-    pub error: Option<String>,
-}
 
 /// Keeps the registrations of one host.
 pub struct Registrar {
@@ -122,7 +115,7 @@ impl Registrar {
 
     /// Makes Consul know exactly `desired`. What can be done is done, also where something else fails.
     async fn turn(&mut self, desired: &BTreeMap<String, Registration>) -> Result<(), Trouble> {
-        let owner = registration::owner(self.tunnel.ip());
+        let owner = owner(self.tunnel.ip());
         let observed = self.client.get(&list(&owner), None).await?;
         let observed = answer::registered(&observed.body)?;
         let desired = &registration::due(desired, &observed, &owner);
