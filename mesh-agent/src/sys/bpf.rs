@@ -30,7 +30,7 @@ use super::{
 /// The object that `cargo xtask build-ebpf` made.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("MESH_EBPF_OBJECT"));
 
-const MAPS: [&str; 12] = [
+const MAPS: [&str; 13] = [
     "KNOBS",
     "HEARTBEAT",
     "NAMESPACES",
@@ -43,6 +43,7 @@ const MAPS: [&str; 12] = [
     "COUNTERS",
     "EVENTS",
     "ORIGINALS",
+    "DIRECTS",
 ];
 
 /// In the order in which they are attached: what restores addresses comes before what rewrites them.
