@@ -286,7 +286,7 @@ mod tests {
 
     #[test]
     fn a_place_is_taken_when_it_is_free_or_its_own_or_abandoned() {
-        let now = 7;
+        let now = 7_u32;
         let long_ago = now.wrapping_sub(ABANDONED + 1);
         assert!(may_take(0, 0, 5, now));
         assert!(may_take(5, 0, 5, now), "the same socket connects again");
