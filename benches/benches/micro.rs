@@ -1,4 +1,4 @@
-//! How long each decision takes by itself: plans, names, balancing, merging, kernel writes.
+//! How long each decision takes by itself: plans, names, balancing, merging, kernel writes; and what a tunnel takes.
 //!
 //! The same cases whose instructions `cargo xtask bench instructions` counts; here the clock, caches and all.
 
@@ -9,6 +9,10 @@ fn decisions(criterion: &mut Criterion) {
     for case in CASES {
         let mut decide = (case.make)(&World::new(case.size));
         criterion.bench_function(case.name, |bencher| bencher.iter(&mut decide));
+    }
+    for case in mesh_tunnels::CASES {
+        let mut act = (case.make)();
+        criterion.bench_function(case.name, |bencher| bencher.iter(&mut act));
     }
 }
 

@@ -6,13 +6,14 @@
 
 use std::{
     env, fs,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Command, ExitCode},
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser as _;
 use mesh_benches::{
     agents::Agents,
@@ -29,6 +30,8 @@ use mesh_benches::{
     usage,
 };
 
+/// Why it is no peer.
+const LINKERD: &str = "linkerd2-proxy does not start without Linkerd's identity, destination and policy services";
 /// Tasks of the host whose idle agent is weighed.
 const CROWD: usize = 50;
 /// An agent is idle when its memory has stayed the same for so long.
@@ -58,6 +61,12 @@ struct Args {
     /// Folder for the report; default: `benches` after a full run, else a scratch folder
     #[arg(long, value_name = "FOLDER")]
     out: Option<PathBuf>,
+    /// A ztunnel that was built with the feature `testing`, to be measured too
+    #[arg(long, value_name = "PROGRAM")]
+    ztunnel: Option<PathBuf>,
+    /// linkerd2-proxy, which cannot be measured here: says why
+    #[arg(long, value_name = "PROGRAM")]
+    linkerd: Option<PathBuf>,
     /// Cargo says so to every benchmark
     #[arg(long, hide = true)]
     bench: bool,
@@ -88,7 +97,7 @@ fn run(args: &Args) -> Result<Vec<String>> {
     let agent =
         env::var_os("MESH_AGENT").context("MESH_AGENT names no agent; start this with `cargo xtask bench peers`")?;
     let agent = PathBuf::from(agent);
-    let programs = Programs { envoy: env::var_os("MESH_ENVOY").map(PathBuf::from) };
+    let programs = Programs { envoy: env::var_os("MESH_ENVOY").map(PathBuf::from), ztunnel: ztunnel(args)? };
     let (rounds, seconds) = if args.quick { (1, 1) } else { (3, 3) };
     let (rounds, seconds) = (args.rounds.unwrap_or(rounds).max(1), args.seconds.unwrap_or(seconds).max(1));
 
@@ -99,14 +108,11 @@ fn run(args: &Args) -> Result<Vec<String>> {
     let stranger = Authority::make(topology.cluster.dir(), "stranger")?;
     let agents = Agents::start(&topology, &agent)?;
     let mut faults = Vec::new();
-    let mut skipped = vec![
-        "ztunnel, linkerd2-proxy: no package of Debian, PyPI or crates.io carries them; see the figures from elsewhere"
-            .to_owned(),
-    ];
+    let mut skipped = vec![format!("linkerd2-proxy: {LINKERD}; see the figures from elsewhere")];
     let mut running = Vec::new();
     for (index, peer) in (0..).zip(chosen) {
-        if peer.needs_envoy() && programs.envoy.is_none() {
-            skipped.push(format!("{}: MESH_ENVOY names no program", peer.name));
+        if let Some(lack) = peer.lacks(&programs) {
+            skipped.push(format!("{}: {lack}", peer.name));
             continue;
         }
         match peer.start(&topology, &programs, index, &trusted, &trusted) {
@@ -163,7 +169,20 @@ fn run(args: &Args) -> Result<Vec<String>> {
     Ok(faults)
 }
 
+/// The program that was named, if it is one.
+fn ztunnel(args: &Args) -> Result<Option<PathBuf>> {
+    let Some(named) = &args.ztunnel else { return Ok(None) };
+    let program = named.canonicalize().with_context(|| format!("--ztunnel: there is no {}", named.display()))?;
+    let mode =
+        program.metadata().with_context(|| format!("cannot look at {}", program.display()))?.permissions().mode();
+    ensure!(program.is_file() && mode & 0o111 != 0, "--ztunnel: {} is no program", program.display());
+    Ok(Some(program))
+}
+
 fn choose(args: &Args) -> Result<Vec<Peer>> {
+    if let Some(program) = &args.linkerd {
+        bail!("{} cannot be measured: {LINKERD}", program.display());
+    }
     let known: Vec<&str> = peers::ALL.iter().map(|peer| peer.name).collect();
     for name in args.only.iter().filter(|name| *name != "none") {
         ensure!(known.contains(&name.as_str()), "no peer is called {name}; there are: {}", known.join(" "));

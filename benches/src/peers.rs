@@ -7,6 +7,7 @@
 mod envoy;
 mod haproxy;
 mod nginx;
+mod ztunnel;
 
 use std::{
     collections::BTreeSet,
@@ -15,7 +16,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use mesh_lab::Process;
 
 use crate::{
@@ -44,12 +45,13 @@ pub struct Peer {
 }
 
 /// Every peer that there is.
-pub const ALL: [Peer; 6] = [nginx::L7, nginx::L4, haproxy::L7, haproxy::L4, envoy::L7, envoy::L4];
+pub const ALL: [Peer; 7] = [nginx::L7, nginx::L4, haproxy::L7, haproxy::L4, envoy::L7, envoy::L4, ztunnel::L4];
 
 /// Programs that are not in the search path.
 #[derive(Clone, Debug, Default)]
 pub struct Programs {
     pub envoy: Option<PathBuf>,
+    pub ztunnel: Option<PathBuf>,
 }
 
 /// One of the two proxies of a pair.
@@ -59,8 +61,16 @@ struct Half<'a> {
     own: &'a Leaf,
     /// Who may have issued the other side's certificate.
     root: &'a Path,
+    ends: Ends,
     /// Where it may put files.
     dir: &'a Path,
+}
+
+/// The addresses of the two tasks on the wire.
+#[derive(Clone, Copy, Debug)]
+struct Ends {
+    caller: Ipv4Addr,
+    called: Ipv4Addr,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,6 +87,8 @@ struct Lane {
     speaks: Speaks,
     listen: SocketAddr,
     to: SocketAddr,
+    /// The server's port at its end.
+    serves: u16,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +104,8 @@ struct Launch {
     text: String,
     /// `{}` stands for the file.
     argv: Vec<String>,
+    /// What has to be done in the task's network before.
+    before: Vec<Vec<String>>,
 }
 
 /// What each lane serves, in the order of its port.
@@ -122,10 +136,22 @@ impl Peer {
         }
     }
 
-    /// Whether its program is no Debian package.
+    /// Why it cannot be measured: its program is no Debian package, and was not named.
     #[must_use]
-    pub fn needs_envoy(&self) -> bool {
-        self.name.starts_with("envoy")
+    pub fn lacks(&self, programs: &Programs) -> Option<&'static str> {
+        match self.name {
+            "envoy" | "envoy-tcp" if programs.envoy.is_none() => Some("MESH_ENVOY names no program"),
+            "ztunnel" if programs.ztunnel.is_none() => {
+                Some("no package carries it; name a program with --ztunnel, or see the figures from elsewhere")
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether it takes the ports and certificates that it is given; else it has its own.
+    #[must_use]
+    pub fn is_configurable(&self) -> bool {
+        self.name != ztunnel::L4.name
     }
 
     /// Starts both proxies beside client and far server of the pair without agents, and waits until they accept.
@@ -151,7 +177,7 @@ impl Peer {
                     Side::Caller => (local(first_port + lane), wire),
                     Side::Called => (wire, local(served)),
                 };
-                Lane { speaks: self.speaks(served), listen, to }
+                Lane { speaks: self.speaks(served), listen, to, serves: served }
             });
             let (seat, name, own, root) = match side {
                 Side::Caller => (Seat::Client, "caller", &caller.caller, &caller.root),
@@ -159,10 +185,16 @@ impl Peer {
             };
             let dir = topology.cluster.dir().join(format!("{}-{index}-{name}", self.name));
             fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
-            let half = Half { side, lanes: lanes.collect(), own, root, dir: &dir };
+            let ends = Ends { caller: topology.plain.address(Seat::Client), called: far };
+            let half = Half { side, lanes: lanes.collect(), own, root, ends, dir: &dir };
             let launch = (self.launch)(&half, programs);
             let file = dir.join(launch.file);
             fs::write(&file, launch.text).with_context(|| format!("cannot write {}", file.display()))?;
+            for command in &launch.before {
+                let command: Vec<&str> = command.iter().map(String::as_str).collect();
+                let said = topology.plain.run_beside(&topology.cluster, seat, &command)?;
+                ensure!(said.ok(), "{} needs `{}`: {said:?}", self.name, command.join(" "));
+            }
             let argv: Vec<String> =
                 launch.argv.iter().map(|word| word.replace("{}", &file.to_string_lossy())).collect();
             let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
@@ -179,9 +211,8 @@ impl Running {
     fn await_ready(&mut self, topology: &Topology) -> Result<()> {
         let far = topology.plain.address(Seat::Far);
         for lane in (0_u16..).take(self.peer.lanes().len()) {
-            for at in
-                [format!("127.0.0.1:{}", self.first_port + lane), format!("{far}:{}", self.first_port + 1000 + lane)]
-            {
+            let called = if self.peer.is_configurable() { self.tls() + lane } else { self.tls() };
+            for at in [self.entrance(self.first_port + lane).to_string(), format!("{far}:{called}")] {
                 if let Err(error) = topology.plain.ask(&topology.cluster, Seat::Client, &["probe", "await", &at]) {
                     let words = [self.caller.last_words(), self.called.last_words()].join("\n--\n");
                     bail!("{} does not listen on {at}: {error:#}\n{words}", self.peer.name);
@@ -204,12 +235,12 @@ impl Running {
     #[must_use]
     pub fn target(&self) -> Target {
         let port = |served: u16| (0_u16..).zip(SERVED).find(|(_, each)| *each == served).map_or(0, |(lane, _)| lane);
-        let at = |served: u16| format!("127.0.0.1:{}", self.first_port + port(served));
+        let at = |served: u16| self.entrance(self.first_port + port(served)).to_string();
         let bytes = self.peer.layer == Layer::L4;
         Target {
             http: at(HTTP),
             http2: at(HTTP2),
-            bulk: bytes.then(|| ("127.0.0.1".to_owned(), self.first_port + port(BULK))),
+            bulk: bytes.then(|| (self.entrance(0).ip().to_string(), self.first_port + port(BULK))),
             echo: bytes.then(|| at(ECHO)),
         }
     }
@@ -217,6 +248,15 @@ impl Running {
     /// Where its TLS is, for the HTTP lane.
     #[must_use]
     pub fn tls(&self) -> u16 {
-        self.first_port + 1000
+        if self.peer.is_configurable() { self.first_port + 1000 } else { ztunnel::HBONE }
+    }
+
+    /// Where the client finds the calling side's port.
+    fn entrance(&self, port: u16) -> SocketAddr {
+        if self.peer.is_configurable() {
+            SocketAddr::from((Ipv4Addr::LOCALHOST, port))
+        } else {
+            ztunnel::entrance(port)
+        }
     }
 }

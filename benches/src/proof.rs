@@ -11,7 +11,7 @@ use crate::{
     certificates::{Authority, CALLED},
     peers::{Peer, Programs, Running},
     subject::Subject,
-    topology::{MARKER_ANSWER, MARKER_QUESTION, Seat, Topology},
+    topology::{MARKER_ANSWER, MARKER_QUESTION, Pair, Seat, Topology},
 };
 
 /// Requests with the marker; enough that two connections at least carry it.
@@ -72,6 +72,10 @@ pub fn certificates(
     index: u16,
 ) -> Result<Vec<String>> {
     let name = running.peer.name;
+    if !running.peer.is_configurable() {
+        refuses(topology, &topology.plain, running.tls(), stranger).with_context(|| name.to_owned())?;
+        return Ok(vec!["the called side ends the handshake of a foreign client certificate, and of none".to_owned()]);
+    }
     let ask = |leaf: Option<&crate::certificates::Leaf>| knock(topology, running.tls(), leaf, &trusted.root);
     let right = ask(Some(&trusted.caller))?;
     ensure!(right.stdout == MARKER_ANSWER, "{name}: the right certificate is refused: {right:?}");
@@ -99,23 +103,29 @@ pub fn certificates(
 /// # Errors
 /// Somebody was let in.
 pub fn agents(topology: &Topology, stranger: &Authority) -> Result<Vec<String>> {
-    let far = topology.meshed.address(Seat::Far);
+    refuses(topology, &topology.meshed, TUNNELS, stranger)?;
+    Ok(vec!["the called agent ends the handshake of a client certificate of another CA, and of none".to_owned()])
+}
+
+/// That who takes tunnels on `port` of the far host refuses, with an alert, whoever has no certificate that it trusts.
+fn refuses(topology: &Topology, pair: &Pair, port: u16, stranger: &Authority) -> Result<()> {
+    let far = pair.address(Seat::Far);
     for leaf in [Some(&stranger.caller), None] {
-        let url = format!("https://{far}:{TUNNELS}/");
+        let url = format!("https://{far}:{port}/");
         let mut argv = vec!["curl", "-sS", "-k", "-m", "5", "--http2-prior-knowledge", &url];
         let files = leaf.map(|leaf| (leaf.certificate.to_string_lossy(), leaf.key.to_string_lossy()));
         if let Some((certificate, key)) = &files {
             argv.extend(["--cert", certificate, "--key", key]);
         }
         // From the other host, whose own agent has no part in it: it is no task that asks.
-        let said = topology.meshed.host(&topology.cluster, Seat::Client).exec(&argv)?;
+        let said = pair.host(&topology.cluster, Seat::Client).exec(&argv)?;
         // 35: the handshake failed; 56: in TLS 1.3 the alert comes after the client's own part of it.
         let alert = said.stderr.contains("alert");
         if said.ok() || !alert {
-            bail!("the agent did not refuse a certificate of another CA with an alert: {said:?}");
+            bail!("a certificate of another CA was not refused with an alert: {said:?}");
         }
     }
-    Ok(vec!["the called agent ends the handshake of a client certificate of another CA, and of none".to_owned()])
+    Ok(())
 }
 
 /// Asks the called side over TLS from the client's place, as the other proxy would.

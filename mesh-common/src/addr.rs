@@ -4,7 +4,9 @@
 //! that carries IPv4 shows. Must not know what an address is used for.
 
 /// An IPv6 address, or an IPv4 address in its v4-mapped form (RFC 4291 §2.5.5.2); network byte order.
-#[repr(C)]
+///
+/// Aligned so that the kernel programs move it by words and not by bytes.
+#[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Ip(pub [u8; 16]);
 

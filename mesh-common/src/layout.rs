@@ -20,6 +20,7 @@ fn no_padding() {
     exact!(maps::Endpoint, 20, addr::Addr);
     exact!(maps::GrantKey, 8, u32, u32);
     exact!(maps::Original, 32, addr::Addr, u32, u32, u32);
+    exact!(maps::Direct, 64, u64, maps::Original, addr::Addr, u32);
     exact!(maps::FlowKey, 32, u64, addr::Ip, u64);
     exact!(event::Event, 80, u32, u32, u32, u32, addr::Addr, addr::Addr, u64, u64, u32, u32);
 }

@@ -17,6 +17,9 @@ pub const MAX_ENDPOINTS: u32 = 262_144;
 pub const MAX_GRANTS: u32 = 262_144;
 /// Most connections between `connect()` and the agent's `accept()`.
 pub const MAX_FLOWS: u32 = 65_536;
+/// Direct connections whose original destination has a place of its own; what is more is kept with the socket. A power
+/// of two, because the lowest bits of a socket's cookie choose the place.
+pub const MAX_DIRECTS: u32 = 16_384;
 /// Size of the ring buffer of [`crate::event::Event`]s, in bytes.
 pub const EVENTS_BYTES: u32 = 256 * 1024;
 
@@ -132,6 +135,19 @@ pub struct Original {
     pub path: u32,
     /// Number of the service port.
     pub service: u32,
+}
+
+/// Value of `DIRECTS`: a direct connection, in the place that its socket's cookie chooses.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Direct {
+    /// The socket's; 0: the place is free.
+    pub cookie: u64,
+    pub original: Original,
+    /// Where the connection went.
+    pub endpoint: Addr,
+    /// When the place was taken, in ticks; 0 once the SYN leaves.
+    pub since: u32,
 }
 
 /// Key of `FLOWS` (TCP) and `QUERIES` (UDP): a client socket as the agent's listener sees it.

@@ -22,4 +22,6 @@ unsafe impl aya::Pod for maps::GrantKey {}
 // SAFETY: repr(C), no padding, every bit pattern valid.
 unsafe impl aya::Pod for maps::Original {}
 // SAFETY: repr(C), no padding, every bit pattern valid.
+unsafe impl aya::Pod for maps::Direct {}
+// SAFETY: repr(C), no padding, every bit pattern valid.
 unsafe impl aya::Pod for maps::FlowKey {}

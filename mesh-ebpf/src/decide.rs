@@ -127,6 +127,16 @@ fn without_agent(service: &Service, draw: u32, granted: bool) -> Verdict {
     Verdict::FailOpen(service.local + draw % (service.total - service.local))
 }
 
+/// How long a place in `DIRECTS` is kept for a connection whose SYN has not left, in ticks of the kernel: one minute, or
+/// ten where it ticks a hundred times a second. Usually it never will leave, because there was no route.
+const ABANDONED: u32 = 60_000;
+
+/// Whether the place in `DIRECTS` that `cookie` chooses, and which `place` holds since `since`, is `cookie`'s to take.
+#[inline(always)]
+pub fn may_take(place: u64, since: u32, cookie: u64, now: u32) -> bool {
+    place == 0 || place == cookie || (since != 0 && now.wrapping_sub(since) > ABANDONED)
+}
+
 /// Whether a heartbeat of `beat` still counts at `now`; both in nanoseconds of `CLOCK_MONOTONIC`.
 #[inline(always)]
 pub fn beats(now: u64, beat: u64, limit: u64) -> bool {
@@ -272,6 +282,17 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_place_is_taken_when_it_is_free_or_its_own_or_abandoned() {
+        let now = 7_u32;
+        let long_ago = now.wrapping_sub(ABANDONED + 1);
+        assert!(may_take(0, 0, 5, now));
+        assert!(may_take(5, 0, 5, now), "the same socket connects again");
+        assert!(!may_take(6, 0, 5, now), "a living connection's");
+        assert!(!may_take(6, now.wrapping_sub(ABANDONED), 5, now), "its SYN may be about to leave");
+        assert!(may_take(6, long_ago, 5, now));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 mod connect;
 mod context;
+mod directs;
 mod lifecycle;
 mod maps;
 mod report;

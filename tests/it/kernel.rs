@@ -164,6 +164,7 @@ fn client() -> Result<()> {
         ("udp-connected", []) => udp(to, true),
         ("udp", []) => udp(to, false),
         ("udp-then", [then]) => edges::udp_twice(to, then.parse()?),
+        ("tcp-then", [then]) => edges::tcp_twice(to, then.parse()?),
         ("nonblocking", []) => edges::nonblocking(to),
         ("break-off", []) => edges::break_off(to),
         ("say-and-leave", []) => edges::say_and_leave(to),

@@ -1,4 +1,4 @@
-//! `bench instructions`: how many instructions each decision takes, against a table in the repository.
+//! `bench instructions`: how many instructions each decision and tunnel takes, against a table in the repository.
 //!
 //! Times on a shared machine tell a regression of a few per cent from noise only after hours; instructions tell it at
 //! once, as long as compiler and C library are the same. Must not know what the cases do.
@@ -20,7 +20,9 @@ const TABLE: &str = "benches/INSTRUCTIONS.md";
 const UPDATE: &str = "cargo xtask bench instructions -- --update";
 /// What may come on top before it is a fault: hash seeds and the processor's own string functions differ a little.
 const TOLERANCE: f64 = 0.05;
-/// Below which the profiler collects; `benches/worlds/src/bin/instructions.rs` has it.
+/// The programs that have the cases, and their packages.
+const PROGRAMS: [(&str, &str); 2] = [("mesh-worlds", "instructions"), ("mesh-tunnels", "tunnels")];
+/// Below which the profiler collects; each of the programs has it.
 const COLLECT: &str = "--toggle-collect=*counted_from_here*";
 const MADE_WITH: &str = "Made with: ";
 
@@ -112,22 +114,26 @@ fn judge(known: &[Count], counted: &[Count]) -> (String, Vec<String>) {
 
 /// Builds the program and has the profiler run each case, as many at once as there are processors.
 fn count() -> Result<Vec<Count>> {
-    let mut cargo = process::cargo();
-    cargo.args(["build", "--package", "mesh-worlds", "--bin", "instructions", "--profile", "instructions"]);
-    process::run(&mut cargo)?;
-    let program = target().join("instructions").join("instructions");
-    let listed = process::output(&mut Command::new(&program))?;
-    let cases: Vec<(usize, Vec<String>)> =
-        listed.lines().map(|line| line.split('\t').map(str::to_owned).collect()).enumerate().collect();
+    let mut cases: Vec<(PathBuf, Vec<String>)> = Vec::new();
+    for (package, name) in PROGRAMS {
+        let mut cargo = process::cargo();
+        // One after the other: what both have in common is built with the same features as when one is built alone.
+        cargo.args(["build", "--package", package, "--bin", name, "--profile", "instructions"]);
+        process::run(&mut cargo)?;
+        let program = target().join("instructions").join(name);
+        let listed = process::output(&mut Command::new(&program))?;
+        let split = |line: &str| (program.clone(), line.split('\t').map(str::to_owned).collect());
+        cases.extend(listed.lines().map(split));
+    }
     let workers = thread::available_parallelism().map_or(1, usize::from);
     let (sender, results) = mpsc::channel();
     thread::scope(|scope| {
         for worker in 0..workers {
-            let (sender, cases, program) = (sender.clone(), &cases, &program);
+            let (sender, cases) = (sender.clone(), &cases);
             scope.spawn(move || {
-                for (place, case) in cases.iter().skip(worker).step_by(workers) {
+                for (place, (program, case)) in cases.iter().enumerate().skip(worker).step_by(workers) {
                     // The receiver outlives the scope.
-                    sender.send((*place, count_one(program, case))).unwrap_or_default();
+                    sender.send((place, count_one(program, case))).unwrap_or_default();
                 }
             });
         }
@@ -167,7 +173,7 @@ fn made_with() -> Result<String> {
 
 fn table(made_with: &str, counts: &[Count]) -> String {
     let mut text = format!(
-        "# Instructions of the decisions\n\n\
+        "# Instructions of the decisions and of tunnels\n\n\
          How many instructions each takes, counted by callgrind, memory allocation included. `cargo xtask test` counts\n\
          again and fails when one takes over {:.0} % more; with another compiler or C library it only shows the table.\n\
          Written by `{UPDATE}`.\n\n\

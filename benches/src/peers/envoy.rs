@@ -22,7 +22,12 @@ fn launch(half: &Half<'_>, programs: &Programs) -> Launch {
     });
     let program = programs.envoy.as_ref().map_or_else(|| "envoy".to_owned(), |path| path.display().to_string());
     let argv = [program.as_str(), "--disable-hot-restart", "--log-level", "warn", "-c", "{}"];
-    Launch { file: "envoy.json", text: configuration.to_string(), argv: argv.map(str::to_owned).to_vec() }
+    Launch {
+        file: "envoy.json",
+        text: configuration.to_string(),
+        argv: argv.map(str::to_owned).to_vec(),
+        before: Vec::new(),
+    }
 }
 
 fn listener(half: &Half<'_>, index: usize, lane: &Lane) -> Value {

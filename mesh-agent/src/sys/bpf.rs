@@ -30,7 +30,7 @@ use super::{
 /// The object that `cargo xtask build-ebpf` made.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("MESH_EBPF_OBJECT"));
 
-const MAPS: [&str; 12] = [
+const MAPS: [&str; 13] = [
     "KNOBS",
     "HEARTBEAT",
     "NAMESPACES",
@@ -43,6 +43,7 @@ const MAPS: [&str; 12] = [
     "COUNTERS",
     "EVENTS",
     "ORIGINALS",
+    "DIRECTS",
 ];
 
 /// In the order in which they are attached: what restores addresses comes before what rewrites them.
@@ -125,11 +126,21 @@ impl Pins {
         links && knobs().is_some_and(|knobs| knobs.abi == mesh_common::ABI_VERSION)
     }
 
-    /// Removes every pin: with the last one a program is detached and a map freed. Nothing there is no error.
+    /// Detaches every program and removes every pin: with the last one a map is freed. Nothing there is no error.
     ///
     /// # Errors
     /// A file or directory cannot be removed.
     pub fn remove(&self) -> Result<(), BpfError> {
+        // What rewrites addresses goes before what restores them.
+        for name in std::iter::once(&SOCK_OPS).chain(&SOCK_ADDR).rev() {
+            // One that cannot be opened or detached is detached with its pin, only later.
+            let detached = raw::open_pin(&self.link(name)).and_then(|link| raw::detach_link(&link));
+            if let Err(error) = detached
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                tracing::debug!(error = &error as &dyn std::error::Error, name, "a link is not detached at once");
+            }
+        }
         for dir in [self.0.join("links"), self.maps(), self.0.clone()] {
             let failed = |source| BpfError::PinDir { path: dir.clone(), source };
             let entries = match fs::read_dir(&dir) {

@@ -1,4 +1,4 @@
-//! The bpf(2) calls that aya does not expose: update a link, look up and delete in one.
+//! The bpf(2) calls that aya does not expose: update and detach a link, look up and delete in one.
 //!
 //! Numbers and layouts from <linux/bpf.h>. Knows nothing of which program or map it is handed.
 #![expect(unsafe_code, reason = "bpf(2) has no safe wrapper")]
@@ -19,6 +19,7 @@ use nix::libc;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_long = 21;
 const BPF_LINK_UPDATE: libc::c_long = 29;
+const BPF_LINK_DETACH: libc::c_long = 34;
 
 /// `union bpf_attr` as BPF_LINK_UPDATE reads it.
 #[repr(C)]
@@ -28,6 +29,13 @@ struct LinkUpdate {
     new_program: u32,
     flags: u32,
     old_program: u32,
+}
+
+/// `union bpf_attr` as BPF_LINK_DETACH reads it.
+#[repr(C)]
+#[derive(Default)]
+struct LinkDetach {
+    link: u32,
 }
 
 /// `union bpf_attr` as BPF_OBJ_GET reads it.
@@ -79,6 +87,15 @@ pub(super) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
 pub(super) fn update_link(link: &impl AsFd, program: &impl AsFd) -> io::Result<()> {
     let attr = LinkUpdate { link: fd(link)?, new_program: fd(program)?, ..LinkUpdate::default() };
     bpf(BPF_LINK_UPDATE, &attr).map(drop)
+}
+
+/// Takes the program of `link` off its hook before it returns. A link that merely loses its last pin is detached by the
+/// kernel some time later.
+///
+/// # Errors
+/// The kernel refuses: not a link that can be detached.
+pub(super) fn detach_link(link: &impl AsFd) -> io::Result<()> {
+    bpf(BPF_LINK_DETACH, &LinkDetach { link: fd(link)? }).map(drop)
 }
 
 /// Takes an element out of a hash map whose key and value are `K` and `V`. `None`: there is none.

@@ -18,6 +18,7 @@ use mesh_ebpf::decide::{self, Choice, Class, Verdict};
 use super::{
     PROCEED, REFUSE,
     context::{Family, SockAddr},
+    directs,
     maps::{CGROUPS, ENDPOINTS, GRANTS, HEARTBEAT, KNOBS, NAMESPACES, SERVICES},
     report::{count, emit},
 };
@@ -181,12 +182,14 @@ fn to_service(sa: &SockAddr, knobs: &Knobs, caller: &Caller, dst: Addr, in_virtu
 #[inline(always)]
 fn redirect(sa: &SockAddr, mut original: Original, path: u32, to: &Addr, counter: u32) -> i32 {
     original.path = path;
-    if !sa.remember(&mut original) {
-        count(counter::MAP_FULL);
-        return refuse(&original, Refusal::MapFull);
-    }
     if !sa.set_addr(to) {
         return refuse(&original, Refusal::NoHealthyEndpoint);
+    }
+    // SAFETY: the context of this hook.
+    let has_place = path == path::DIRECT && unsafe { directs::remember(sa.as_ptr(), &original, to) };
+    if !has_place && !sa.remember(&mut original) {
+        count(counter::MAP_FULL);
+        return refuse(&original, Refusal::MapFull);
     }
     count(counter);
     PROCEED

@@ -15,6 +15,7 @@ use mesh_common::{
 
 use super::{
     context::original_of,
+    directs,
     maps::FLOWS,
     report::{count, emit},
 };
@@ -39,6 +40,10 @@ pub fn socket_operation(ctx: &SockOpsContext) {
 /// Before the SYN leaves: the source address and port are chosen.
 #[inline(always)]
 fn connecting(ctx: &SockOpsContext) {
+    // SAFETY: the context of this hook.
+    if unsafe { directs::leaves(ctx.as_ptr(), &remote(ctx)) } {
+        return watch(ctx);
+    }
     let Some(original) = original(ctx) else { return };
     match original.path {
         path::PROXY | path::DNS => {
@@ -50,12 +55,24 @@ fn connecting(ctx: &SockOpsContext) {
         path::DIRECT => {}
         _ => return,
     }
+    watch(ctx);
+}
+
+/// Asks to be called when the connection changes its state.
+#[inline(always)]
+fn watch(ctx: &SockOpsContext) {
     // Failing only loses the clean-up of a connection that ends before it is accepted, or one statistic.
     let _ = ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32);
 }
 
 #[inline(always)]
 fn closed(ctx: &SockOpsContext, before: u32) {
+    // SAFETY: the context of this hook.
+    if let Some(direct) = unsafe { directs::of(ctx.as_ptr()) } {
+        report(ctx, &direct.original, direct.endpoint);
+        directs::free(direct);
+        return;
+    }
     let Some(original) = original(ctx) else { return };
     match original.path {
         // The client has said all it had to say and left; the agent may not have accepted yet, and has to deliver that.
@@ -64,28 +81,32 @@ fn closed(ctx: &SockOpsContext, before: u32) {
             // Usually gone: the agent removes it when it accepts.
             let _ = FLOWS.remove(flow_key(ctx));
         }
-        path::DIRECT => {
-            let ops = ctx.ops;
-            // SAFETY: valid context, here and below; the verifier checks each offset.
-            let (bytes_sent, bytes_received) = unsafe { ((*ops).bytes_acked, (*ops).bytes_received) };
-            // SAFETY: as above.
-            let (srtt_us, retransmits) = unsafe { ((*ops).srtt_us, (*ops).total_retrans) };
-            emit(&Event {
-                kind: kind::DIRECT_CLOSED,
-                refusal: 0,
-                workload: original.workload,
-                service: original.service,
-                original: original.addr,
-                endpoint: remote(ctx),
-                bytes_sent,
-                bytes_received,
-                // The kernel keeps eight times the value.
-                srtt_us: srtt_us >> 3,
-                retransmits,
-            });
-        }
+        path::DIRECT => report(ctx, &original, remote(ctx)),
         _ => {}
     }
+}
+
+/// Tells the agent what a direct connection carried.
+#[inline(always)]
+fn report(ctx: &SockOpsContext, original: &Original, endpoint: Addr) {
+    let ops = ctx.ops;
+    // SAFETY: valid context, here and below; the verifier checks each offset.
+    let (bytes_sent, bytes_received) = unsafe { ((*ops).bytes_acked, (*ops).bytes_received) };
+    // SAFETY: as above.
+    let (srtt_us, retransmits) = unsafe { ((*ops).srtt_us, (*ops).total_retrans) };
+    emit(&Event {
+        kind: kind::DIRECT_CLOSED,
+        refusal: 0,
+        workload: original.workload,
+        service: original.service,
+        original: original.addr,
+        endpoint,
+        bytes_sent,
+        bytes_received,
+        // The kernel keeps eight times the value.
+        srtt_us: srtt_us >> 3,
+        retransmits,
+    });
 }
 
 #[inline(always)]

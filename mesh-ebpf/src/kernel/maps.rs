@@ -9,8 +9,8 @@ use aya_ebpf::{
 use mesh_common::{
     addr::Addr,
     maps::{
-        EVENTS_BYTES, Endpoint, EndpointKey, FlowKey, GrantKey, Heartbeat, Knobs, MAX_CGROUPS, MAX_ENDPOINTS,
-        MAX_FLOWS, MAX_GRANTS, MAX_NAMESPACES, MAX_SERVICES, Namespace, Original, Service, counter,
+        Direct, EVENTS_BYTES, Endpoint, EndpointKey, FlowKey, GrantKey, Heartbeat, Knobs, MAX_CGROUPS, MAX_DIRECTS,
+        MAX_ENDPOINTS, MAX_FLOWS, MAX_GRANTS, MAX_NAMESPACES, MAX_SERVICES, Namespace, Original, Service, counter,
     },
 };
 
@@ -39,5 +39,8 @@ pub static QUERIES: LruHashMap<FlowKey, Original> = LruHashMap::with_max_entries
 pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(counter::COUNT, 0);
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(EVENTS_BYTES, 0);
+/// See `directs`.
+#[map]
+pub static DIRECTS: Array<Direct> = Array::with_max_entries(MAX_DIRECTS, 0);
 #[btf_map]
 pub static ORIGINALS: SkStorage<Original> = SkStorage::new();

@@ -13,13 +13,19 @@ use mesh_common::{
 use super::{
     connect::{LOOPBACK4, LOOPBACK6, knobs},
     context::{Family, SockAddr, original_of},
+    directs,
     maps::QUERIES,
 };
 
 /// `getpeername()`: the destination that was asked for.
 #[inline(always)]
 pub fn peer_name(sa: &SockAddr) {
-    if let Some(original) = sa.original()
+    // SAFETY: the context of this hook.
+    if sa.is_tcp()
+        && let Some(direct) = unsafe { directs::of(sa.as_ptr()) }
+    {
+        sa.set_addr(&direct.original.addr);
+    } else if let Some(original) = sa.original()
         && original.path != 0
     {
         sa.set_addr(&original.addr);

@@ -10,8 +10,8 @@ use std::{
 use anyhow::{Context as _, Result};
 use mesh_agent::sys::socket;
 use mesh_common::{
-    event::path,
-    maps::{GrantKey, Service, counter, service},
+    event::{kind, path},
+    maps::{GrantKey, Service, counter, namespace, service},
 };
 use mesh_core::dataplane::Write;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -81,6 +81,59 @@ pub(super) fn udp_twice(first: SocketAddr, then: SocketAddr) -> io::Result<Strin
     let before = socket.peer_addr()?;
     socket.connect(then)?;
     Ok(format!("{before} then {}", socket.peer_addr()?))
+}
+
+/// Connects a socket to an address without a route, and then to another; says what it hears there, and from whom.
+pub(super) fn tcp_twice(first: SocketAddr, then: SocketAddr) -> io::Result<String> {
+    let socket = Socket::new(Domain::for_address(first), Type::STREAM, None)?;
+    match socket.connect(&first.into()) {
+        Err(error) if error.kind() == io::ErrorKind::NetworkUnreachable => {}
+        other => return Err(io::Error::other(format!("{first} is reached: {other:?}"))),
+    }
+    socket.connect(&then.into())?;
+    let mut stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(LIMIT))?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    Ok(format!("{text} from {}", stream.peer_addr()?))
+}
+
+const OPAQUE: Service = Service { id: 3, flags: service::OPAQUE, local: 1, total: 1 };
+
+#[test]
+fn a_direct_connection_without_a_place_is_remembered_with_its_socket() -> Result<()> {
+    // Cookies begin at 1, so there is a place for hardly any.
+    let Some(mut scene) = Scene::sized(namespace::DIRECT, &[("DIRECTS", 1)])? else { return Ok(()) };
+    scene.service("240.240.0.3:6379", OPAQUE, &["127.0.0.2:6379"])?;
+    for _ in 0..2 {
+        let server = greet(scene.listen("127.0.0.2:6379")?);
+        assert_eq!(scene.connect("240.240.0.3:6379")?, "hello from 240.240.0.3:6379");
+        server.join().expect("no panic")?;
+    }
+    let closed: Vec<_> = scene.events().iter().map(|event| (event.kind, event.original, event.endpoint)).collect();
+    assert_eq!(closed, [(kind::DIRECT_CLOSED, addr("240.240.0.3:6379"), addr("127.0.0.2:6379")); 2]);
+    Ok(())
+}
+
+#[test]
+fn a_socket_whose_direct_connection_failed_is_free_for_another() -> Result<()> {
+    let Some(mut scene) = Scene::new(namespace::DIRECT)? else { return Ok(()) };
+    scene.service("240.240.0.3:6379", OPAQUE, &["10.9.9.9:6379"])?;
+    scene.service("240.240.0.4:6379", Service { id: 4, ..OPAQUE }, &["127.0.0.2:6379"])?;
+    scene.service("240.240.0.1:80", PROXIED, &["127.0.0.1:9"])?;
+    for (then, listen) in [
+        ("127.0.0.5:8080", "127.0.0.5:8080"),
+        ("240.240.0.4:6379", "127.0.0.2:6379"),
+        ("240.240.0.1:80", "127.0.0.1:15001"),
+    ] {
+        let server = greet(scene.listen(listen)?);
+        assert_eq!(scene.ask(&format!("tcp-then 240.240.0.3:6379 {then}"))?, format!("hello from {then}"));
+        server.join().expect("no panic")?;
+    }
+    let closed: Vec<_> = scene.events().iter().map(|event| (event.kind, event.service)).collect();
+    assert_eq!(closed, [(kind::DIRECT_CLOSED, 4)]);
+    assert_eq!(scene.counter(counter::REDIRECTED)?, 1);
+    Ok(())
 }
 
 #[test]

@@ -13,7 +13,7 @@ const ENVOY: &str = "1.40.0";
 
 /// Installs and builds everything, and tells the benchmark where it is.
 pub fn prepare(bench: &mut Command) -> Result<()> {
-    packages::ensure(&[packages::TCPDUMP, packages::NGINX_STREAM, packages::HAPROXY])?;
+    packages::ensure(&[packages::TCPDUMP, packages::NGINX_STREAM, packages::HAPROXY, packages::IPTABLES])?;
     prepare_alone(bench)?;
     match envoy() {
         Ok(path) => {

@@ -31,6 +31,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("cli", &["cli"]),
     ("main", &["cli"]),
     ("lib", &["*"]),
+    // The root of another crate, for measuring.
+    ("tunnels", &["identity", "sys::socket", "transport"]),
 ];
 
 /// Single files that may use more than their module: path below `src`, what, and the reason.
