@@ -123,7 +123,8 @@ fn measure_on(cluster: &Cluster, program: &Path, helper: &Path, size: Size) -> R
     let server = host.run_task(&TaskSpec::new("held", image.name(), &["holder", "serve", "9000"]).port(9000))?;
     let client = host.run_task(&TaskSpec::new("holder", image.name(), &["sleep", "2147483647"]))?;
     thread::sleep(REST);
-    let before = memory(&process, "VmRSS:")?;
+    // Heap, and not the pages of the program that the first of them needs.
+    let before = memory(&process, "RssAnon:")?;
     let mut holding = host
         .command_in(&client, &["holder", "open", "held:9000", &HELD.to_string()])?
         .stdin(Stdio::piped())
@@ -134,7 +135,7 @@ fn measure_on(cluster: &Cluster, program: &Path, helper: &Path, size: Size) -> R
     BufReader::new(holding.stdout.take().context("it has an output")?).read_line(&mut said)?;
     ensure!(said.starts_with("open"), "the client did not open its connections: {said}");
     thread::sleep(REST);
-    let per = (memory(&process, "VmRSS:")? - before) * 1e3 / f64::from(HELD);
+    let per = (memory(&process, "RssAnon:")? - before) * 1e3 / f64::from(HELD);
     found.add("scale_agent_idle_connection_kb", per, "kB");
     drop(holding.stdin.take());
     holding.wait().context("cannot wait for the client")?;
