@@ -166,8 +166,9 @@ fn served(mesh: &Mesh, client: &Placed) -> Result<()> {
 }
 
 /// Runs an agent on host 1 that is expected to end by itself.
+/// An agent that finds another one waits for its drain and ten seconds more.
 fn start(mesh: &Mesh, wrapper: &[&str]) -> Result<mesh_lab::Output> {
-    let run = ["timeout", "--signal=KILL", "15", "mesh-agent", "run", "--config", "/etc/ecs-mesh/agent.toml"];
+    let run = ["timeout", "--signal=KILL", "40", "mesh-agent", "run", "--config", "/etc/ecs-mesh/agent.toml"];
     mesh.host(0).exec(&[wrapper, &run].concat())
 }
 
