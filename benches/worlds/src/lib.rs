@@ -207,10 +207,15 @@ pub const CASES: [Case; 13] = [
     Case { name: "writes_one_large", about: "the same, large", size: LARGE, make: writing_one },
 ];
 
+/// The service that is called: one of the source's, for tasks bring services of their own.
+fn called(world: &World, snapshot: &mesh_core::model::Snapshot) -> ServiceName {
+    name((snapshot.services.len() / 3).min(world.set.services.len() - 1))
+}
+
 fn planning(world: &World) -> Box<dyn FnMut()> {
     let snapshot = world.merged(&Merged::default()).snapshot;
     let source = caller(&snapshot);
-    let service = snapshot.services[&name(snapshot.services.len() / 3)].clone();
+    let service = snapshot.services[&called(world, &snapshot)].clone();
     let dst = OrigDst(SocketAddr::new(service.vip.v4.into(), SERVICE_PORT));
     let load = |_: &EndpointId| Load::default();
     let mut draw = 0_u64;
@@ -238,7 +243,7 @@ fn planning_inbound(world: &World) -> Box<dyn FnMut()> {
 fn resolving(world: &World) -> Box<dyn FnMut()> {
     let snapshot = world.merged(&Merged::default()).snapshot;
     let suffixes = ["mesh".to_owned(), "service.consul".to_owned()];
-    let asked = format!("{}.mesh.", name(snapshot.services.len() / 3));
+    let asked = format!("{}.mesh.", called(world, &snapshot));
     let vip = world.vips.clone();
     Box::new(move || {
         let (ttl, ipv6) = (Duration::from_secs(5), false);
@@ -283,6 +288,14 @@ fn writing_one(world: &World) -> Box<dyn FnMut()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cases_work_with_more_tasks_than_services() {
+        let world = World::new(Size { services: 3, endpoints: 1, tasks: 20 });
+        for case in CASES {
+            (case.make)(&world)();
+        }
+    }
 
     #[test]
     fn every_case_does_something() {
