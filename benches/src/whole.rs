@@ -117,6 +117,8 @@ fn measure_on(cluster: &Cluster, program: &Path, helper: &Path, size: Size) -> R
     found.add("scale_agent_file_to_kernel_ms", median(&mut took)?, "ms");
     let mut turns = turns(&process)?.split_off(log_before);
     found.add("scale_agent_turn_ms", median(&mut turns)?, "ms");
+    // What the last one left behind is given back a second later.
+    thread::sleep(REST);
     found.add("scale_agent_resident_after_changes_mb", memory(&process, "VmRSS:")?, "MB");
 
     // Connections that are open and silent: two sockets each, from a task to a task.
