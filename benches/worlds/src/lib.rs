@@ -1,7 +1,9 @@
 //! Worlds of any size, and the decisions that are measured in them: by the clock, by bytes, by instructions.
 //!
 //! Deterministic and pure, and nothing but the core is linked, so that it is built quickly and counted exactly. Must not
-//! know how anything is measured.
+//! know how anything is measured; [`counted`] is what programs that a profiler runs have in common.
+
+pub mod counted;
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},

@@ -142,10 +142,6 @@ impl Control {
             self.publisher.replace(snapshot.clone());
         }
         let again = self.reconciler.turn(&sources.tasks, snapshot);
-        if last.snapshot.generation == 0 {
-            // Of a large document there is nothing left now but the snapshot.
-            memory::give_back();
-        }
         for (map, entries) in self.reconciler.entries() {
             self.metrics.kernel_map(map, entries);
         }

@@ -204,8 +204,8 @@ impl Director {
             }
             (Asked::Names(_) | Asked::Service(_), _) => {}
         }
-        if self.failing.remove(asked).is_some() && self.failing.is_empty() {
-            // The set is the same or not; that there is one is the news.
+        if self.failing.remove(asked).is_some() {
+            // The set is the same or not; what fails still, if anything, is the news.
             self.changed();
         }
     }
@@ -254,7 +254,12 @@ impl Director {
             "Cloud Map was asked in vain"
         );
         let text = super::chain(&trouble);
-        let told = self.failing.values().any(|known| *known == text);
+        // What a list cannot be had for, its services cannot be had for either.
+        let caused = match &asked {
+            Asked::Names(_) => false,
+            Asked::Service((namespace, _)) => self.failing.contains_key(&Asked::Names(*namespace)),
+        };
+        let told = caused || self.failing.values().any(|known| *known == text);
         self.failing.insert(asked, text);
         if !told {
             let outcome = Err(SourceError::Aws { what, source: trouble });

@@ -127,8 +127,9 @@ async fn datagrams(shared: Arc<Shared>, socket: Arc<UdpSocket>) {
             let (length, peer) = socket.try_recv_from(buffer)?;
             let bytes = buffer.get(..length).unwrap_or_default();
             let step = shared.step(bytes, Transport::Udp);
-            let bytes: Option<Arc<[u8]>> = matches!(step, Step::Forward(..)).then(|| bytes.into());
-            Ok::<_, io::Error>((step, bytes, peer))
+            // Only what is forwarded is looked at again.
+            let kept: Arc<[u8]> = if let Step::Forward(..) = step { bytes.into() } else { Arc::default() };
+            Ok::<_, io::Error>((step, kept, peer))
         });
         let (step, bytes, peer) = match received {
             Ok(received) => received,
@@ -139,9 +140,10 @@ async fn datagrams(shared: Arc<Shared>, socket: Arc<UdpSocket>) {
                 continue;
             }
         };
-        match (step, bytes) {
-            (Step::Say(reply), _) => say(&socket, &reply, peer).await,
-            (Step::Forward(query, slot), Some(bytes)) => {
+        match step {
+            Step::Say(reply) => say(&socket, &reply, peer).await,
+            Step::Ignore => {}
+            Step::Forward(query, slot) => {
                 // At once: with its next query the client may ask another resolver from the same port.
                 let mut original = shared.context.originals.find(Transport::Udp, peer);
                 if shared.context.fallback.len() > 1 {
@@ -155,7 +157,6 @@ async fn datagrams(shared: Arc<Shared>, socket: Arc<UdpSocket>) {
                     drop(slot);
                 });
             }
-            (Step::Ignore | Step::Forward(..), _) => {}
         }
     }
 }

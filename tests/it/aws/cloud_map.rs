@@ -92,10 +92,9 @@ fn nothing_is_lost_while_cloud_map_is_away_or_a_namespace_is_made_anew() -> Resu
     moto.kill()?;
     running.await_error("cannot reach the AWS API for servicediscovery:")?;
     running.await_seen(seen)?;
-    // Back, with nothing in it: there is not even the namespace, says our own look at the list or AWS (`NamespaceNotFound`),
-    // whichever was asked last.
+    // Back, with nothing in it: there is not even the namespace.
     moto.up()?;
-    running.await_error("amespace")?;
+    running.await_error("namespace")?;
     running.await_seen(seen)?;
     let namespace = moto.namespace("my.demo", false)?;
     let server = moto.service(&namespace, "server")?;
