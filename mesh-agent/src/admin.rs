@@ -33,7 +33,7 @@ const LAST_ANSWERS: Duration = Duration::from_secs(1);
 /// What clients may take.
 #[derive(Clone, Copy, Debug)]
 struct Limits {
-    /// Most connections served at once, of both listeners together; others wait in the backlog.
+    /// Most connections served at once by each listener; others wait in its backlog.
     connections: usize,
     /// A connection that lasts longer is closed: a request takes milliseconds.
     lifetime: Duration,
@@ -112,18 +112,19 @@ impl Admin {
     /// Serves until `stop` completes, then lets answers under way finish, for a second at most.
     pub async fn run(self, stop: impl Future<Output = ()>) {
         let Self { unix, tcp, _file, handles, limits } = self;
-        let mut connections = JoinSet::new();
+        // Counted apart: the port is open to every task in the host's namespace, the socket to root alone.
+        let (mut admins, mut scrapers) = (JoinSet::new(), JoinSet::new());
         let mut stop = std::pin::pin!(stop);
         loop {
-            let room = connections.len() < limits.connections;
             let failed = tokio::select! {
                 () = &mut stop => break,
-                Some(_) = connections.join_next() => continue,
-                accepted = unix.accept(), if room => accepted.map(|(stream, _)| {
-                    connections.spawn(connection(stream, Listener::Admin, handles.clone(), limits));
+                Some(_) = admins.join_next() => continue,
+                Some(_) = scrapers.join_next() => continue,
+                accepted = unix.accept(), if admins.len() < limits.connections => accepted.map(|(stream, _)| {
+                    admins.spawn(connection(stream, Listener::Admin, handles.clone(), limits));
                 }),
-                accepted = tcp.accept(), if room => accepted.map(|(stream, _)| {
-                    connections.spawn(connection(stream, Listener::Metrics, handles.clone(), limits));
+                accepted = tcp.accept(), if scrapers.len() < limits.connections => accepted.map(|(stream, _)| {
+                    scrapers.spawn(connection(stream, Listener::Metrics, handles.clone(), limits));
                 }),
             };
             if let Err(error) = failed {
@@ -133,7 +134,10 @@ impl Admin {
             }
         }
         drop((unix, tcp));
-        let finish = async { while connections.join_next().await.is_some() {} };
+        let finish = async {
+            while admins.join_next().await.is_some() {}
+            while scrapers.join_next().await.is_some() {}
+        };
         if tokio::time::timeout(LAST_ANSWERS, finish).await.is_err() {
             debug!("admin connections cut on stop");
         }

@@ -126,7 +126,8 @@ pub enum AgentError {
 /// Runs the agent until `stop` completes. `ready` is called once, when the tasks of this host are armed.
 ///
 /// # Errors
-/// Something that the agent cannot do without is missing, or has ended. What was made is undone.
+/// Something that the agent cannot do without is missing, or has ended. What was made is undone; only what is in the kernel stays
+/// when the control loop ends by itself.
 pub async fn run(
     config: Config,
     telemetry: Telemetry,
@@ -295,10 +296,14 @@ pub async fn run(
             tracing::error!(%error, "the tasks of this host may still be registered");
         }
     }
-    let stopped = controlled.map(drop);
+    if let Err(ended) = controlled {
+        // As after a crash: what is in the kernel goes on deciding, and the next start adopts it. Without it, what is denied
+        // would be allowed, and what must be encrypted sent in the clear.
+        running.shutdown().await;
+        return Err(AgentError::ControlEnded(ended));
+    }
     programs.remove()?;
     running.shutdown().await;
-    stopped.map_err(AgentError::ControlEnded)?;
     tracing::info!("stopped; nothing is left in the kernel");
     Ok(())
 }

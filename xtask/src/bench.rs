@@ -1,8 +1,8 @@
 //! `bench`: runs one named benchmark and shows its figures. A benchmark is a bench target of the `benches` crate; it
 //! measures, prints `FIGURE name value unit` lines, and exits non-zero when a bound that it promises does not hold.
 
-mod freshness;
-mod peers;
+pub mod freshness;
+pub mod peers;
 
 use std::fs;
 use std::path::Path;

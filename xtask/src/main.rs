@@ -7,6 +7,7 @@ mod build_ebpf;
 mod demo;
 mod docs;
 mod instructions;
+mod layout;
 mod packages;
 mod process;
 mod pypi;
@@ -40,6 +41,8 @@ enum Command {
     Docs,
     /// Run a benchmark; without a name, list them
     Bench(bench::Args),
+    /// Note which functions the agent runs, and write the order in which a release links them
+    Layout,
 }
 
 fn main() -> ExitCode {
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Command::Tidy => tidy::run(),
         Command::Docs => docs::run().map(|()| true),
         Command::Bench(args) => bench::run(&args),
+        Command::Layout => layout::run().map(|()| true),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,

@@ -219,6 +219,17 @@ async fn silent_connections_hold_their_places_for_a_while_only() {
 }
 
 #[tokio::test]
+async fn who_holds_the_port_does_not_hold_the_socket() {
+    let server = start_with("apart", Limits { connections: 2, lifetime: Duration::from_secs(60) }).await;
+    let held = [TcpStream::connect(server.metrics).await, TcpStream::connect(server.metrics).await];
+    assert!(held.iter().all(Result::is_ok));
+    assert_eq!(status(&server.admin(&get("/v1/status")).await), "200");
+    // Else stopping waits for them, for a second.
+    drop(held);
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn only_the_owner_may_open_the_socket() {
     let server = start("mode").await;
     let mode = std::fs::metadata(&server.socket).expect("it exists").permissions().mode();

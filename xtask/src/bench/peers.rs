@@ -34,7 +34,7 @@ pub fn prepare_alone(bench: &mut Command) -> Result<()> {
 }
 
 /// The agent as it is installed: a release build.
-pub(super) fn agent() -> Result<PathBuf> {
+pub fn agent() -> Result<PathBuf> {
     let mut cargo = process::cargo();
     cargo.current_dir(workspace::root());
     process::run(cargo.args(["build", "--release", "--package", "mesh-agent", "--bin", "mesh-agent"]))?;
