@@ -152,11 +152,22 @@ fn number(snapshot: &mut Snapshot, previous: &Snapshot, changes: &[Change], move
     for (number, destination) in dense(numbered.iter()) {
         snapshot.by_service_number.insert(*number, destination.clone());
     }
-    for (addr, winner) in dense(moves.iter()) {
-        match winner.as_ref().and_then(|winner| destinations.get(winner)) {
-            Some(destination) => snapshot.by_address.insert(*addr, destination.clone()),
-            None => snapshot.by_address.remove(addr),
-        };
+    let has = |winner: &Option<Target>| winner.as_ref().and_then(|winner| destinations.get(winner)).cloned();
+    if moves.len() * 4 > snapshot.by_address.len() {
+        // So many at once, among the others, would leave it half empty: it is filled anew.
+        let stay = snapshot.by_address.iter().filter(|(addr, _)| !moves.contains_key(addr));
+        let stay = stay.map(|(addr, destination)| (*addr, destination.clone()));
+        let come = moves.iter().filter_map(|(addr, winner)| Some((*addr, has(winner)?)));
+        let mut all: Vec<_> = stay.chain(come).collect();
+        all.sort_unstable_by_key(|(addr, _)| *addr);
+        snapshot.by_address = dense(all.iter()).cloned().collect();
+    } else {
+        for (addr, winner) in dense(moves.iter()) {
+            match has(winner) {
+                Some(destination) => snapshot.by_address.insert(*addr, destination),
+                None => snapshot.by_address.remove(addr),
+            };
+        }
     }
     // Whoever has lost its last address is no destination any more.
     let losers = moves.keys().filter_map(|addr| previous.by_address.get(addr));

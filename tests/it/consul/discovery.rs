@@ -32,7 +32,12 @@ impl Running {
         let config = config::parse(&text).map_err(|faults| anyhow::anyhow!("{faults:?}"))?;
         let consul = Arc::new(config.discovery.consul.context("configured")?);
         let show = |e: &EndpointEntry| {
-            format!("{} {} {}", e.port.map_or("*".into(), |port| port.to_string()), e.addr, e.weight)
+            format!(
+                "{} {} {}",
+                e.port.map_or("*".into(), |port| port.to_string()),
+                e.endpoint.addr(),
+                e.endpoint.weight
+            )
         };
         Following::start(Backend::Consul(consul), LIMIT, show).map(Self)
     }
