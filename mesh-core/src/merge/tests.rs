@@ -233,6 +233,14 @@ fn it_scales() {
     let (service, entry) = (&snapshot.services["s7"], &world.sets[0].services["s7"]);
     assert!(Arc::ptr_eq(&service.ports[0].endpoints[3], &entry.endpoints[3].endpoint));
     assert_eq!(world.after(&snapshot).generation, snapshot.generation);
+    // A small change does not fill the tables anew, and they come to the same.
+    let mut moved = services::ServiceEntry::clone(&world.sets[0].services["s7"]);
+    moved.endpoints[3].endpoint = Arc::new(Endpoint::listed(addr("10.92.0.1:80"), None, None));
+    let mut world = world;
+    world.sets[0].services.insert(moved.name.clone(), Arc::new(moved));
+    let after = world.after(&snapshot);
+    assert!(after.target(addr("10.92.0.1:80")).is_some() && after.target(addr("10.0.7.3:80")).is_none());
+    tables_are_those_of(&after).expect("as from the beginning");
 }
 
 /// The look-up tables, made again from the services alone.
