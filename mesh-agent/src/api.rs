@@ -330,7 +330,7 @@ impl Endpoint {
             model::Health::Draining => "draining",
         };
         Self {
-            address: endpoint.addr,
+            address: endpoint.addr(),
             reach: reach.into(),
             agent,
             deliver,
@@ -338,7 +338,7 @@ impl Endpoint {
             health: health.into(),
             zone: endpoint.zone.as_deref().map(Into::into),
             weight: endpoint.weight,
-            task: endpoint.task.as_ref().map(ToString::to_string),
+            task: endpoint.task().map(ToString::to_string),
             load: EndpointLoad {
                 rtt_us: u64::try_from(load.rtt.as_micros()).unwrap_or(u64::MAX),
                 in_flight: load.in_flight,
@@ -356,7 +356,7 @@ impl Verdict {
             service: plan.service.name.to_string(),
             port: plan.port().port,
             protocol: protocol(plan.protocol()).into(),
-            endpoint: plan.endpoint.addr,
+            endpoint: plan.endpoint.addr(),
             delivery: match &plan.delivery {
                 plan::Delivery::Local { task, to } => Delivery::Local { task: task.to_string(), to: *to },
                 plan::Delivery::Tunnel { agent, authority, from, expect } => Delivery::Tunnel {

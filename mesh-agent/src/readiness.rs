@@ -378,7 +378,7 @@ impl Watcher {
             let Some(known) = snapshot.services.get(service) else { continue };
             let endpoints = || known.ports.iter().flat_map(|port| &port.endpoints);
             let healthy = endpoints().filter(|endpoint| endpoint.health == Health::Healthy).count();
-            let ending = endpoints().filter_map(|endpoint| endpoint.task.as_ref()).any(|task| stopping.contains(task));
+            let ending = endpoints().filter_map(|endpoint| endpoint.task()).any(|task| stopping.contains(task));
             let (ids, mut list): (Vec<_>, Vec<_>) = members.into_iter().unzip();
             if ending {
                 list.push(Member { is: Being::Stopping, stop_after: None });

@@ -14,7 +14,7 @@ use crate::{
     config::{Enrol, VipRanges},
     id::{ClusterName, ServiceName, SpiffeId, TrustDomain},
     merge::{self, ENABLED_LABEL, Merged, SERVICE_LABEL, Sources},
-    model::{OnAgentDeath, Protocol, Snapshot, TlsMode},
+    model::{Endpoint, OnAgentDeath, Protocol, Snapshot, TlsMode},
     policy::{Effect, Policy, Rule},
     readiness::{Gate, Incarnation},
     services::{EndpointEntry, PortEntry, ServiceEntry, ServiceSet},
@@ -196,13 +196,11 @@ fn endpoint_entry() -> impl Strategy<Value = EndpointEntry> {
     )
         .prop_map(|(port, addr, agent, weight, alias)| EndpointEntry {
             port: if alias { Some(80) } else { Some(port) },
-            addr: addr.parse().expect("valid"),
-            agent: agent.map(|agent| agent.parse().expect("valid")),
-            identity: None,
-            weight,
-            zone: None,
+            endpoint: Arc::new(Endpoint {
+                weight,
+                ..Endpoint::listed(addr.parse().expect("valid"), agent.map(|agent| agent.parse().expect("valid")), None)
+            }),
             alias,
-            attributes: Arc::default(),
         })
 }
 
@@ -308,7 +306,7 @@ impl Step {
             Self::Endpoint(at, name, entry) => {
                 if let Some(service) = pick(sets, at).and_then(|set| set.services.get_mut(&name)) {
                     let mut changed = ServiceEntry::clone(service);
-                    changed.endpoints.retain(|known| known.addr != entry.addr);
+                    changed.endpoints.retain(|known| known.endpoint.id != entry.endpoint.id);
                     changed.endpoints.push(entry);
                     *service = Arc::new(changed);
                 }

@@ -136,7 +136,7 @@ fn direct(snapshot: &Snapshot, listed: &ServiceName, endpoint: &model::Endpoint)
 /// Where any task can connect to the endpoint without the mesh.
 fn open(snapshot: &Snapshot, listed: &ServiceName, endpoint: &model::Endpoint) -> Option<SocketAddr> {
     let admitted = |owner| snapshot.policy.admits_everybody(owner);
-    snapshot.other_owner(endpoint, listed).is_none_or(admitted).then_some(endpoint.addr)
+    snapshot.other_owner(endpoint, listed).is_none_or(admitted).then_some(endpoint.addr())
 }
 
 impl Image {

@@ -137,15 +137,37 @@ pub(crate) fn joined(tags: &BTreeSet<String>, most: usize) -> String {
     text
 }
 
+/// Makes what is said `now` of the parts of what was said `before` where they are equal, so that nobody who still holds those
+/// holds a second copy.
+pub(crate) fn share(before: &[Contribution], now: &mut [Contribution]) {
+    for it in now {
+        let Some(old) = before.iter().find(|old| old.entry.name == it.entry.name) else { continue };
+        if old.entry == it.entry {
+            it.entry = old.entry.clone();
+            continue;
+        }
+        let known: BTreeMap<_, _> = old.entry.endpoints.iter().map(|old| (old.endpoint.id, &old.endpoint)).collect();
+        for EndpointEntry { endpoint, .. } in &mut Arc::make_mut(&mut it.entry).endpoints {
+            if let Some(known) = known.get(&endpoint.id).filter(|known| **known == endpoint) {
+                *endpoint = (*known).clone();
+            }
+        }
+    }
+}
+
 /// Equal attributes are one value.
 #[derive(Debug, Default)]
 pub(crate) struct Interned {
     attributes: BTreeSet<Arc<Attributes>>,
     identities: BTreeSet<SpiffeId>,
+    zones: BTreeSet<Arc<str>>,
 }
 
 impl Interned {
     pub(crate) fn of(&mut self, attributes: Attributes) -> Arc<Attributes> {
+        if attributes == Attributes::default() {
+            return Attributes::none();
+        }
         let attributes = Arc::new(attributes);
         if let Some(known) = self.attributes.get(&attributes) {
             return known.clone();
@@ -160,5 +182,14 @@ impl Interned {
         }
         self.identities.insert(identity.clone());
         identity
+    }
+
+    pub(crate) fn zone(&mut self, zone: &str) -> Arc<str> {
+        if let Some(known) = self.zones.get(zone) {
+            return known.clone();
+        }
+        let zone: Arc<str> = zone.into();
+        self.zones.insert(zone.clone());
+        zone
     }
 }

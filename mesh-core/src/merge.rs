@@ -16,10 +16,7 @@ use crate::{
     addr::canonical,
     config::{Enrol, VipRanges},
     id::{ClusterName, ServiceName, SpiffeId, TaskId, TrustDomain},
-    model::{
-        Endpoint, EndpointId, Health, Numbers, OnAgentDeath, Protocol, Reach, Service, ServicePort, Snapshot, TlsMode,
-        Workload,
-    },
+    model::{Endpoint, EndpointId, Numbers, OnAgentDeath, Protocol, Service, ServicePort, Snapshot, TlsMode, Workload},
     readiness::Gate,
     services::{EndpointEntry, PortEntry, ServiceSet},
     task::Task,
@@ -234,7 +231,8 @@ impl<'a> Definition<'a> {
             definition.endpoints.extend(&entry.endpoints);
             definition.tls = definition.tls.or(entry.tls);
             definition.on_agent_death = definition.on_agent_death.or(entry.on_agent_death);
-            definition.has_80 |= entry.endpoints.iter().any(|e| !e.alias && e.port.unwrap_or(e.addr.port()) == 80);
+            definition.has_80 |=
+                entry.endpoints.iter().any(|e| !e.alias && e.port.unwrap_or(e.endpoint.addr().port()) == 80);
         }
         defined.then_some(definition)
     }
@@ -293,14 +291,14 @@ fn ports(
 
 /// The service port that a registered endpoint serves: the named one, the only one, or the one of its own number.
 fn port_of(entry: &EndpointEntry, definition: &Definition<'_>) -> Option<u16> {
-    let own = entry.addr.port();
+    let own = entry.endpoint.addr().port();
     if entry.alias {
         let defined = |port: u16| definition.ports.contains_key(&port).then_some(port);
         return match (entry.port, definition.ports.len()) {
             (_, 0) => (!definition.has_80).then_some(80),
             (None, 1) => definition.ports.keys().next().copied(),
             (Some(_), _) => defined(80),
-            (None, _) => defined(80).or(defined(entry.addr.port())),
+            (None, _) => defined(80).or(defined(own)),
         };
     }
     match (entry.port, definition.ports.len()) {
@@ -320,29 +318,21 @@ fn registered(
     entry: &EndpointEntry,
     locals: &Locals,
 ) -> Option<Arc<Endpoint>> {
-    let addr = canonical(entry.addr);
-    if let Some(local) = locals.at(addr) {
-        if local.weight == entry.weight && local.attributes == entry.attributes {
+    let listed = &entry.endpoint;
+    if let Some(local) = locals.at(listed.addr()) {
+        if local.weight == listed.weight && local.attributes == listed.attributes {
             return Some(local.clone());
         }
-        let (weight, attributes) = (entry.weight, entry.attributes.clone());
+        let (weight, attributes) = (listed.weight, listed.attributes.clone());
         return Some(Arc::new(Endpoint { weight, attributes, ..Endpoint::clone(local) }));
     }
-    let agent = entry.agent.map(canonical);
-    if agent == Some(canonical(sources.tunnel)) {
-        return None;
+    match listed.agent() {
+        Some(agent) if agent == canonical(sources.tunnel) => None,
+        Some(_) if listed.identity.is_none() => {
+            Some(Arc::new(Endpoint { identity: own.cloned(), ..Endpoint::clone(listed) }))
+        }
+        Some(_) | None => Some(listed.clone()),
     }
-    Some(Arc::new(Endpoint {
-        id: EndpointId::of(addr),
-        addr,
-        identity: agent.and_then(|_| entry.identity.as_ref().or(own)).cloned(),
-        reach: agent.map_or(Reach::Plaintext, |agent| Reach::Tunnel { agent }),
-        health: Health::Healthy,
-        weight: entry.weight,
-        zone: entry.zone.as_deref().map(Arc::from),
-        task: None,
-        attributes: entry.attributes.clone(),
-    }))
 }
 
 #[cfg(test)]

@@ -15,10 +15,10 @@ use imbl::OrdMap;
 use mesh_common::addr::{Addr, Ip};
 
 use crate::{
-    addr::Vip,
+    addr::{Vip, canonical},
     id::{ServiceName, SpiffeId, TaskId},
     policy::Policy,
-    services::Attributes,
+    services::{Attributes, DEFAULT_WEIGHT},
     task::NetworkMode,
 };
 
@@ -115,8 +115,6 @@ pub struct EndpointId(pub Addr);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
     pub id: EndpointId,
-    /// The address that any task can use without the mesh: host address and published port, or the ENI's.
-    pub addr: SocketAddr,
     pub reach: Reach,
     /// The identity its agent must prove. `None` where the endpoint is not in the mesh.
     pub identity: Option<SpiffeId>,
@@ -124,8 +122,6 @@ pub struct Endpoint {
     /// Relative share of the traffic; 0 means: only when nothing else is left.
     pub weight: u32,
     pub zone: Option<Arc<str>>,
-    /// Task, where the source knows it.
-    pub task: Option<TaskId>,
     /// Tags and meta of the registry that knows it.
     pub attributes: Arc<Attributes>,
 }
@@ -243,13 +239,47 @@ impl Target {
 }
 
 impl Endpoint {
+    /// One that a registry lists: reached through its agent, or in plaintext where it has none; then it has no identity.
+    pub fn listed(addr: SocketAddr, agent: Option<SocketAddr>, identity: Option<SpiffeId>) -> Self {
+        Self {
+            id: EndpointId::of(canonical(addr)),
+            reach: agent.map_or(Reach::Plaintext, |agent| Reach::Tunnel { agent: canonical(agent) }),
+            identity: identity.filter(|_| agent.is_some()),
+            health: Health::Healthy,
+            weight: DEFAULT_WEIGHT,
+            zone: None,
+            attributes: Attributes::none(),
+        }
+    }
+
+    /// The address that any task can use without the mesh: host address and published port, or the ENI's.
+    pub fn addr(&self) -> SocketAddr {
+        self.id.0.into()
+    }
+
+    /// The agent in front of it, where it is not this one.
+    pub fn agent(&self) -> Option<SocketAddr> {
+        match self.reach {
+            Reach::Tunnel { agent } => Some(agent),
+            Reach::Local { .. } | Reach::Plaintext => None,
+        }
+    }
+
+    /// The task of this host that it is.
+    pub fn task(&self) -> Option<&TaskId> {
+        match &self.reach {
+            Reach::Local { task, .. } => Some(task),
+            Reach::Tunnel { .. } | Reach::Plaintext => None,
+        }
+    }
+
     /// The addresses at which it is a destination itself.
     pub fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
         let deliver = match &self.reach {
-            Reach::Local { deliver, .. } => Some(*deliver).filter(|deliver| *deliver != self.addr),
+            Reach::Local { deliver, .. } => Some(*deliver).filter(|deliver| *deliver != self.addr()),
             Reach::Tunnel { .. } | Reach::Plaintext => None,
         };
-        [self.addr].into_iter().chain(deliver)
+        [self.addr()].into_iter().chain(deliver)
     }
 }
 

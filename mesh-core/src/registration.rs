@@ -83,7 +83,7 @@ pub fn desired(
             };
             if let Some(task) = tasks.get(&workload.task) {
                 let new = || Served { service, task, endpoint, target: deliver.port(), ports: BTreeSet::new() };
-                served.entry((&workload.task, endpoint.addr)).or_insert_with(new).ports.insert(port);
+                served.entry((&workload.task, endpoint.addr())).or_insert_with(new).ports.insert(port);
             }
         }
     }
@@ -134,7 +134,7 @@ impl Served<'_> {
             str::to_owned,
         );
         let agent = match task.mode {
-            NetworkMode::Awsvpc => SocketAddr::new(endpoint.addr.ip(), tunnel.port()),
+            NetworkMode::Awsvpc => SocketAddr::new(endpoint.addr().ip(), tunnel.port()),
             NetworkMode::Bridge | NetworkMode::Host | NetworkMode::None => canonical(tunnel),
         };
         let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
@@ -160,9 +160,9 @@ impl Served<'_> {
         let own = task.labels.get(label::TAGS).map(String::as_str);
         let tags = own.into_iter().chain(self.said("TAGS")).flat_map(listed).chain(form.tags.iter().cloned());
         Some(Registration {
-            id: format!("ecs-mesh:{}:{}", endpoint.addr, task.id),
+            id: format!("ecs-mesh:{}:{}", endpoint.addr(), task.id),
             name,
-            addr: endpoint.addr,
+            addr: endpoint.addr(),
             tags: tags.collect(),
             meta,
             ready: endpoint.health == Health::Healthy,
@@ -182,7 +182,7 @@ impl Served<'_> {
 
     /// An unpublished port of a bridge task has an address that means something on this host only.
     fn is_reachable(&self) -> bool {
-        self.task.mode != NetworkMode::Bridge || self.task.address != Some(self.endpoint.addr.ip())
+        self.task.mode != NetworkMode::Bridge || self.task.address != Some(self.endpoint.addr().ip())
     }
 
     /// Meta from labels. Ours wins over the convention; what the registry would refuse is left out.

@@ -5,7 +5,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
-    sync::Arc,
+    sync::{Arc, LazyLock},
 };
 
 use imbl::OrdMap;
@@ -18,7 +18,7 @@ use crate::{
     },
     document::{self, Section},
     id::{ServiceName, SpiffeId, TrustDomain},
-    model::{OnAgentDeath, Protocol, TlsMode},
+    model::{Endpoint, OnAgentDeath, Protocol, TlsMode},
     policy::{Effect, Policy, Rule},
 };
 
@@ -57,17 +57,12 @@ pub struct PortEntry {
 pub struct EndpointEntry {
     /// Which of the service's ports it serves; may be left out where there is one.
     pub port: Option<u16>,
-    pub addr: SocketAddr,
-    /// The agent in front of it; `None`: not in the mesh.
-    pub agent: Option<SocketAddr>,
-    /// Default: the service's own identity in this cluster.
-    pub identity: Option<SpiffeId>,
-    pub weight: u32,
-    pub zone: Option<String>,
+    /// As the snapshot will have it, and the same value there, for whichever ports and services it is listed. Without an
+    /// identity, one that has an agent has that of the service in this cluster.
+    pub endpoint: Arc<Endpoint>,
     /// The port is not one that somebody chose but the one that clients use who were told none: 80, unless the service
     /// really serves that one, or the only one that is defined.
     pub alias: bool,
-    pub attributes: Arc<Attributes>,
 }
 
 /// What a registry knows of an endpoint besides. Mostly the same for many endpoints, so shared.
@@ -75,6 +70,14 @@ pub struct EndpointEntry {
 pub struct Attributes {
     pub tags: BTreeSet<String>,
     pub meta: BTreeMap<String, String>,
+}
+
+impl Attributes {
+    /// Nothing is known besides: one value for all of which that is so.
+    pub fn none() -> Arc<Self> {
+        static NONE: LazyLock<Arc<Attributes>> = LazyLock::new(Arc::default);
+        NONE.clone()
+    }
 }
 
 impl ServiceSet {
@@ -154,8 +157,9 @@ fn service(s: &mut Section<'_>) -> Option<ServiceEntry> {
     endpoints.shrink_to_fit();
     let mut seen = BTreeSet::new();
     for entry in &endpoints {
-        if !seen.insert((entry.addr, entry.port)) {
-            s.fault("endpoint", format!("{} is there twice", entry.addr), "remove one of them");
+        let addr = entry.endpoint.addr();
+        if !seen.insert((addr, entry.port)) {
+            s.fault("endpoint", format!("{addr} is there twice"), "remove one of them");
         }
     }
     let alone = s.boolean("override").unwrap_or(false);
@@ -201,8 +205,8 @@ fn endpoint(s: &mut Section<'_>, ports: Option<&[PortEntry]>) -> Option<Endpoint
         s.fault("zone", "is empty", "name the zone, or leave it out");
     }
     let weight = s.number("weight", 0, MAX_WEIGHT).unwrap_or(DEFAULT_WEIGHT);
-    let (alias, attributes) = (false, Arc::default());
-    Some(EndpointEntry { port, addr: addr?, agent, identity, weight, zone, alias, attributes })
+    let endpoint = Endpoint { weight, zone: zone.map(Arc::from), ..Endpoint::listed(addr?, agent, identity) };
+    Some(EndpointEntry { port, endpoint: Arc::new(endpoint), alias: false })
 }
 
 /// An address that can be connected to.

@@ -18,7 +18,7 @@ use mesh_core::{
     dataplane,
     id::{ClusterName, ServiceName, TrustDomain},
     merge::{self, Merged, Sources},
-    model::{EndpointId, OnAgentDeath, TlsMode, Workload},
+    model::{Endpoint, EndpointId, OnAgentDeath, TlsMode, Workload},
     plan::{self, Inbound, Outbound},
     readiness::Gate,
     resolve::{self, Naming, Question},
@@ -80,13 +80,8 @@ pub fn agent(endpoint: SocketAddr) -> SocketAddr {
 fn entry(n: usize, endpoints: usize) -> ServiceEntry {
     let endpoint = |e| EndpointEntry {
         port: None,
-        addr: address(n, e),
-        agent: Some(agent(address(n, e))),
-        identity: None,
-        weight: DEFAULT_WEIGHT,
-        zone: None,
+        endpoint: Arc::new(Endpoint::listed(address(n, e), Some(agent(address(n, e))), None)),
         alias: false,
-        attributes: Arc::default(),
     };
     ServiceEntry {
         name: name(n),
@@ -148,8 +143,8 @@ impl World {
         if let Some(service) = world.set.services.get_mut(&middle) {
             let mut moved = ServiceEntry::clone(service);
             if let Some(endpoint) = moved.endpoints.first_mut() {
-                endpoint.addr = SocketAddr::new(Ipv4Addr::new(10, 200, 0, 1).into(), 20_000);
-                endpoint.agent = Some(agent(endpoint.addr));
+                let addr = SocketAddr::new(Ipv4Addr::new(10, 200, 0, 1).into(), 20_000);
+                endpoint.endpoint = Arc::new(Endpoint::listed(addr, Some(agent(addr)), None));
             }
             *service = Arc::new(moved);
         }

@@ -76,7 +76,7 @@ fn destination(event: &Event, snapshot: &Snapshot) -> Destination {
     let mut endpoints = ports.iter().flat_map(|port| &port.endpoints);
     if let Some(endpoint) = endpoints.find(|endpoint| is_at(endpoint, went_to)) {
         dst.endpoint = Some(endpoint.id);
-        dst.task = endpoint.task.clone();
+        dst.task = endpoint.task().cloned();
         dst.id = endpoint.identity.clone();
     }
     dst
@@ -84,7 +84,7 @@ fn destination(event: &Event, snapshot: &Snapshot) -> Destination {
 
 fn is_at(endpoint: &Arc<Endpoint>, addr: SocketAddr) -> bool {
     use mesh_core::model::Reach;
-    endpoint.addr == addr
+    endpoint.addr() == addr
         || match &endpoint.reach {
             Reach::Local { deliver, .. } => *deliver == addr,
             Reach::Tunnel { .. } | Reach::Plaintext => false,

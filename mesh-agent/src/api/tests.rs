@@ -17,13 +17,11 @@ pub(crate) fn snapshot() -> Snapshot {
     let endpoint = |addr: &str, reach, identity| {
         Arc::new(model::Endpoint {
             id: EndpointId::of(addr.parse().expect("a valid address")),
-            addr: addr.parse().expect("a valid address"),
             reach,
             identity,
             health: Health::Healthy,
             weight: 100,
             zone: Some("a".into()),
-            task: None,
             attributes: Arc::default(),
         })
     };

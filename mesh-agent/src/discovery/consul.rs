@@ -54,6 +54,10 @@ const SWEEP_RATE: u32 = 20;
 const SWEEPERS: usize = 4;
 /// A service that no task has asked for in so long gives its watch to one that a task asks for.
 const IDLE: Duration = Duration::from_secs(300);
+/// After this long everybody has looked at what was handed on last.
+const LOOKED_AT: Duration = Duration::from_secs(1);
+/// Memory is given back at most so often: while it is, nobody else gets any from where that is.
+const GIVE_BACK: Duration = Duration::from_secs(10);
 /// News that may wait for the director.
 const NEWS: usize = 256;
 
@@ -96,7 +100,8 @@ pub(super) async fn run(
         failing: BTreeMap::new(),
         publish: None,
         published: None,
-        read_whole: false,
+        tidy: None,
+        tidied: None,
         problems: Vec::new(),
     };
     for datacenter in 0..datacenters {
@@ -120,8 +125,9 @@ struct Director {
     /// When what is known is to be handed on; `None`: it has been.
     publish: Option<Instant>,
     published: Option<Instant>,
-    /// Everything has been read once.
-    read_whole: bool,
+    /// When what reading and merging took is to be given back; `None`: it has been.
+    tidy: Option<Instant>,
+    tidied: Option<Instant>,
     /// What is left out, as last logged.
     problems: Vec<String>,
 }
@@ -143,7 +149,7 @@ struct Sweep {
 impl Director {
     async fn run(mut self, mut news: mpsc::Receiver<News>, mut uses: mpsc::Receiver<ServiceName>) {
         loop {
-            let soonest = [self.publish, self.sweep.due(), self.grace()].into_iter().flatten().min();
+            let soonest = [self.publish, self.sweep.due(), self.grace(), self.tidy].into_iter().flatten().min();
             let timer = async {
                 match soonest {
                     Some(at) => tokio::time::sleep_until(at.into()).await,
@@ -161,6 +167,9 @@ impl Director {
             self.look_on();
             if self.publish.is_some_and(|at| at <= Instant::now()) && self.hand_on().await.is_err() {
                 return;
+            }
+            if self.tidy.is_some_and(|at| at <= Instant::now()) {
+                self.give_back();
             }
         }
     }
@@ -381,13 +390,26 @@ impl Director {
         let set = self.known.set();
         let still = self.failing.values().next().cloned();
         self.reports.send(Report { source: self.source, outcome: Ok(set), still }).await.map_err(drop)?;
-        if !self.read_whole && !self.known.is_empty() && !self.is_loading() {
-            self.read_whole = true;
-            // The answers took many times what is left of them, and how they are first read is not needed again soon.
-            memory::give_back();
-            memory::let_go_of_program();
+        if !self.known.is_empty() && !self.is_loading() {
+            let soon = Instant::now() + LOOKED_AT;
+            self.tidy.get_or_insert(self.tidied.map_or(soon, |last| soon.max(last + GIVE_BACK)));
         }
         Ok(())
+    }
+
+    /// The answers took many times what is left of them, and so did making a snapshot of many of them.
+    fn give_back(&mut self) {
+        let now = Instant::now();
+        let in_use = self.published.is_some_and(|last| now < last + LOOKED_AT);
+        self.tidy = in_use.then(|| now + GIVE_BACK);
+        let first = self.tidied.replace(now).is_none();
+        tokio::task::spawn_blocking(move || {
+            memory::give_back();
+            if first {
+                // How everything is read is not needed again soon.
+                memory::let_go_of_program();
+            }
+        });
     }
 
     /// Reports the first failure, and one of another kind; a hundred watches that fail together are one.

@@ -202,7 +202,7 @@ fn note(access: &mut Access, plan: &Plan) {
     let endpoint = &plan.endpoint;
     access.tries += 1;
     access.dst.endpoint = Some(endpoint.id);
-    access.dst.task = endpoint.task.clone();
+    access.dst.task = endpoint.task().cloned();
     (access.dst.id, access.dst.agent) = match &plan.delivery {
         Delivery::Tunnel { agent, expect, .. } => (Some(expect.clone()), Some(*agent)),
         Delivery::Local { task, .. } => {

@@ -148,13 +148,11 @@ fn local(addr: SocketAddr) -> Endpoint {
 fn endpoint(addr: SocketAddr, reach: Reach, identity: &SpiffeId) -> Endpoint {
     Endpoint {
         id: EndpointId::of(addr),
-        addr,
         reach,
         identity: Some(identity.clone()),
         health: Health::Healthy,
         weight: 100,
         zone: None,
-        task: None,
         attributes: Arc::default(),
     }
 }
@@ -171,7 +169,7 @@ fn snapshot(protocol: Protocol, endpoints: Vec<Endpoint>) -> Snapshot {
     insert(vip, 7, Target::Service { service: name.clone(), port: 80 });
     for (number, endpoint) in (8..).zip(&endpoints) {
         let target = Target::Endpoint { service: name.clone(), port: 80, endpoint: endpoint.id };
-        insert(endpoint.addr, number, target);
+        insert(endpoint.addr(), number, target);
     }
     let service = Service {
         name: name.clone(),

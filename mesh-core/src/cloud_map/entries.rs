@@ -5,6 +5,7 @@
 use std::{
     collections::{BTreeMap, btree_map::Entry},
     net::{IpAddr, SocketAddr},
+    sync::Arc,
 };
 
 use crate::{
@@ -12,8 +13,9 @@ use crate::{
     config::cloud_map::{CloudMap, Health},
     id::ServiceName,
     instance::{Contribution, Interned, meshed, meta, ports, service, tags},
+    model::Endpoint,
     resolve::of_datacenter,
-    services::{Attributes, DEFAULT_WEIGHT, EndpointEntry},
+    services::{Attributes, EndpointEntry},
 };
 
 /// One instance, as Cloud Map has it.
@@ -71,7 +73,7 @@ pub fn entries(
     let anybody = config.health == Health::HealthyOrElseAll && !instances.iter().any(well);
     let mut interned = Interned::default();
     // ECS registers a task, and the agent of its host may do so too: one endpoint, and the one with a tunnel says more.
-    let mut by_addr: BTreeMap<SocketAddr, (&Instance, EndpointEntry)> = BTreeMap::new();
+    let mut by_addr: BTreeMap<SocketAddr, (&Instance, Endpoint)> = BTreeMap::new();
     for instance in instances.iter().filter(|instance| anybody || well(instance)) {
         let endpoint = match endpoint(instance, config, &mut interned) {
             Ok(endpoint) => endpoint,
@@ -80,8 +82,8 @@ pub fn entries(
                 continue;
             }
         };
-        let rank = |endpoint: &EndpointEntry, id: &str| (endpoint.agent.is_none(), id.to_owned());
-        match by_addr.entry(endpoint.addr) {
+        let rank = |endpoint: &Endpoint, id: &str| (endpoint.agent().is_none(), id.to_owned());
+        match by_addr.entry(endpoint.addr()) {
             Entry::Vacant(vacant) => drop(vacant.insert((instance, endpoint))),
             Entry::Occupied(mut held) => {
                 let (other, before) = held.get();
@@ -95,8 +97,9 @@ pub fn entries(
     // A service of the mesh of which Cloud Map knows each port by a name of its own.
     let mut others: BTreeMap<ServiceName, Vec<EndpointEntry>> = BTreeMap::new();
     for (instance, endpoint) in by_addr.into_values() {
-        let ports = ports(endpoint.addr.port(), &instance.attributes);
-        let served = ports.into_iter().map(|(port, alias)| EndpointEntry { port, alias, ..endpoint.clone() });
+        let ports = ports(endpoint.addr().port(), &instance.attributes);
+        let endpoint = Arc::new(endpoint);
+        let served = ports.into_iter().map(|(port, alias)| EndpointEntry { port, alias, endpoint: endpoint.clone() });
         let served: Vec<_> = served.collect();
         if let Some(service) = service(&instance.attributes).filter(|service| service != name) {
             others.entry(service).or_default().extend(served.iter().cloned());
@@ -110,16 +113,17 @@ pub fn entries(
 }
 
 /// The instance's endpoint, without the ports of the service that it serves.
-fn endpoint(instance: &Instance, config: &CloudMap, interned: &mut Interned) -> Result<EndpointEntry, String> {
+fn endpoint(instance: &Instance, config: &CloudMap, interned: &mut Interned) -> Result<Endpoint, String> {
     let says = &instance.attributes;
     let addr = addr(instance, config.default_port)?;
     let (agent, identity) =
         meshed(addr, says)?.map_or((None, None), |(agent, id)| (Some(agent), Some(interned.identity(id))));
-    let zone = ZONES.iter().find_map(|key| says.get(*key)).filter(|zone| !zone.is_empty()).cloned();
+    let zone = ZONES.iter().find_map(|key| says.get(*key)).filter(|zone| !zone.is_empty());
+    let zone = zone.map(|zone| interned.zone(zone));
     let besides = |key: &str| !key.starts_with(meta::PREFIX) && !key.starts_with(attribute::PREFIX);
     let meta = says.iter().filter(|(key, _)| besides(key)).map(|(key, value)| (key.clone(), value.clone()));
     let attributes = interned.of(Attributes { tags: tags(says), meta: meta.collect() });
-    Ok(EndpointEntry { port: None, alias: false, addr, agent, identity, weight: DEFAULT_WEIGHT, zone, attributes })
+    Ok(Endpoint { zone, attributes, ..Endpoint::listed(addr, agent, identity) })
 }
 
 fn addr(instance: &Instance, default_port: u16) -> Result<SocketAddr, String> {
@@ -158,8 +162,8 @@ mod tests {
     fn show(instances: &[Instance], namespace: Option<&str>, config: &CloudMap) -> (Vec<String>, Vec<String>) {
         let (found, problems) = entries(&"server".parse().expect("valid"), namespace, instances, config);
         let endpoint = |e: &EndpointEntry| {
-            let agent = e.agent.map(|agent| format!(" by {agent}")).unwrap_or_default();
-            format!("{}{} {}{agent}", e.port.unwrap_or(0), if e.alias { "*" } else { "" }, e.addr)
+            let agent = e.endpoint.agent().map(|agent| format!(" by {agent}")).unwrap_or_default();
+            format!("{}{} {}{agent}", e.port.unwrap_or(0), if e.alias { "*" } else { "" }, e.endpoint.addr())
         };
         let entry = |c: &Contribution| {
             let endpoints: Vec<_> = c.entry.endpoints.iter().map(endpoint).collect();
@@ -243,7 +247,7 @@ mod tests {
         ];
         let (found, _) =
             entries(&"server".parse().expect("valid"), None, &[instance("i", Said::Healthy, &says)], &cloud_map(""));
-        let endpoint = &found[0].entry.endpoints[0];
+        let endpoint = &found[0].entry.endpoints[0].endpoint;
         assert_eq!(endpoint.zone.as_deref(), Some("eu-central-1a"));
         let meta: Vec<_> = endpoint.attributes.meta.iter().map(|(k, v)| format!("{k}={v}")).collect();
         assert_eq!(meta, ["AVAILABILITY_ZONE=eu-central-1a", "ECS_TASK_DEFINITION_FAMILY=server", "color=green"]);

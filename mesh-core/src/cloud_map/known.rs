@@ -13,7 +13,7 @@ use super::entries::{Instance, entries};
 use crate::{
     config::cloud_map::CloudMap,
     id::ServiceName,
-    instance::Contribution,
+    instance::{Contribution, share},
     services::{ServiceEntry, ServiceSet},
 };
 
@@ -65,7 +65,10 @@ impl Known {
     pub fn instances(&mut self, key: &Key, instances: &[Instance], config: &CloudMap) -> bool {
         let (Some(learnt), Some(name)) = (self.services.get_mut(key), label(&key.1)) else { return false };
         let namespace = config.namespaces.get(key.0).filter(|_| key.0 > 0).and_then(|name| namespace_label(name));
-        let said = entries(&name, namespace.as_deref(), instances, config);
+        let mut said = entries(&name, namespace.as_deref(), instances, config);
+        if let Some((before, _)) = &learnt.said {
+            share(before, &mut said.0);
+        }
         let changed = learnt.said.as_ref() != Some(&said);
         learnt.said = Some(said);
         changed
@@ -171,7 +174,8 @@ mod tests {
     fn show(known: &Known) -> Vec<String> {
         let set = known.set();
         let one = |entry: &Arc<ServiceEntry>| {
-            let addresses: Vec<_> = entry.endpoints.iter().map(|e| e.addr.ip().to_string()[7..].to_owned()).collect();
+            let addresses: Vec<_> =
+                entry.endpoints.iter().map(|e| e.endpoint.addr().ip().to_string()[7..].to_owned()).collect();
             format!("{} {}", entry.name, addresses.join(" ")).trim_end().to_owned()
         };
         set.services.values().map(one).collect()

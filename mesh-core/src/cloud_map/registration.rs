@@ -134,8 +134,8 @@ mod tests {
         let instance = Instance { id, health: Said::Healthy, attributes: wanted.attributes };
         let (read, problems) = entries(&"world".parse().expect("valid"), None, &[instance], &cloud_map(""));
         assert!(problems.is_empty(), "{problems:?}");
-        let endpoint = &read[0].entry.endpoints[0];
-        assert_eq!((endpoint.addr.to_string().as_str(), endpoint.agent), ("10.90.1.10:32768", TUNNEL.parse().ok()));
+        let endpoint = &read[0].entry.endpoints[0].endpoint;
+        assert_eq!((endpoint.addr().to_string().as_str(), endpoint.agent()), ("10.90.1.10:32768", TUNNEL.parse().ok()));
         assert_eq!(endpoint.identity.as_ref().map(|id| id.as_str()), Some("spiffe://a/ns/demo/sa/world"));
         assert_eq!(endpoint.attributes.tags.iter().collect::<Vec<_>>(), ["a b", "ecs"]);
         assert_eq!(endpoint.attributes.meta["version"], "2");

@@ -3,13 +3,17 @@
 //!
 //! Must not know how an instance was learnt.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use super::answer::{Instance, Status};
 use crate::{
     config::discovery::{Consul, Health, TagNames},
     id::ServiceName,
     instance::{Contribution, Interned, meshed, meta, ports, service},
+    model::Endpoint,
     resolve::{of_datacenter, of_tag},
     services::{Attributes, DEFAULT_WEIGHT, EndpointEntry, MAX_WEIGHT},
 };
@@ -95,18 +99,14 @@ fn endpoints_of(instance: &Instance, interned: &mut Interned, problems: &mut Vec
         }
     };
     let zone = ZONES.iter().find_map(|key| instance.meta.get(*key).or_else(|| instance.node_meta.get(*key)));
-    let endpoint = EndpointEntry {
-        port: None,
-        alias: false,
-        addr: instance.addr,
-        agent,
-        identity,
+    let endpoint = Arc::new(Endpoint {
         weight: weight(instance),
-        zone: zone.filter(|zone| !zone.is_empty()).cloned(),
+        zone: zone.filter(|zone| !zone.is_empty()).map(|zone| interned.zone(zone)),
         attributes: interned.of(attributes(instance)),
-    };
+        ..Endpoint::listed(instance.addr, agent, identity)
+    });
     let ports = ports(instance.addr.port(), &instance.meta);
-    ports.into_iter().map(|(port, alias)| EndpointEntry { port, alias, ..endpoint.clone() }).collect()
+    ports.into_iter().map(|(port, alias)| EndpointEntry { port, alias, endpoint: endpoint.clone() }).collect()
 }
 
 /// Consul's default weight is 1, ours is 100: the shares between instances stay what they are.
@@ -124,8 +124,6 @@ fn attributes(instance: &Instance) -> Attributes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
-
     use crate::consul::answer::Weights;
 
     fn instance(addr: &str, tags: &[&str], meta: &[(&str, &str)]) -> Instance {
@@ -143,8 +141,9 @@ mod tests {
     fn show(datacenter: Option<&str>, instances: &[Instance], config: &Consul) -> Vec<String> {
         let (found, _) = entries(&"world".parse().expect("valid"), datacenter, instances, config);
         let endpoint = |e: &EndpointEntry| {
-            let agent = e.agent.map(|agent| format!(" by {agent}")).unwrap_or_default();
-            format!("{}{} {}{agent} {}", e.port.unwrap_or(0), if e.alias { "*" } else { "" }, e.addr, e.weight)
+            let agent = e.endpoint.agent().map(|agent| format!(" by {agent}")).unwrap_or_default();
+            let (alias, addr) = (if e.alias { "*" } else { "" }, e.endpoint.addr());
+            format!("{}{alias} {addr}{agent} {}", e.port.unwrap_or(0), e.endpoint.weight)
         };
         found
             .iter()
@@ -230,8 +229,9 @@ mod tests {
         let two = [instance("10.0.0.1:80", &["v1"], &meta), instance("10.0.0.2:80", &["v1"], &meta[..1])];
         let (found, _) = entries(&"world".parse().expect("valid"), None, &two, &config());
         let [one, other] = &found[0].entry.endpoints[..] else { panic!("two endpoints") };
-        assert_eq!((one.attributes.meta.len(), &*one.attributes.meta["color"]), (1, "blue"));
-        assert!(Arc::ptr_eq(&one.attributes, &other.attributes));
+        let (one, other) = (&one.endpoint.attributes, &other.endpoint.attributes);
+        assert_eq!((one.meta.len(), &*one.meta["color"]), (1, "blue"));
+        assert!(Arc::ptr_eq(one, other));
     }
 
     #[test]
@@ -239,8 +239,12 @@ mod tests {
         let meta = [(meta::AGENT, "10.0.0.1:15008"), (meta::IDENTITY, "spiffe://a/ns/demo/sa/world")];
         let two = [instance("10.0.0.1:80", &[], &meta), instance("10.0.0.2:80", &[], &meta)];
         let (found, _) = entries(&"world".parse().expect("valid"), None, &two, &config());
-        let texts: Vec<_> =
-            found[0].entry.endpoints.iter().filter_map(|it| Some(it.identity.as_ref()?.as_str().as_ptr())).collect();
+        let texts: Vec<_> = found[0]
+            .entry
+            .endpoints
+            .iter()
+            .filter_map(|it| Some(it.endpoint.identity.as_ref()?.as_str().as_ptr()))
+            .collect();
         assert_eq!((texts.len(), texts[0]), (2, texts[1]));
     }
 }

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     config::discovery::Consul,
     id::ServiceName,
-    instance::Contribution,
+    instance::{Contribution, share},
     services::{ServiceEntry, ServiceSet},
 };
 
@@ -31,7 +31,7 @@ pub type Key = (usize, Arc<str>);
 pub struct Known {
     services: BTreeMap<Key, Learnt>,
     /// Who says something about a service of the mesh.
-    by_name: BTreeMap<ServiceName, BTreeSet<Key>>,
+    by_name: BTreeSet<(ServiceName, Key)>,
     /// What it all comes to.
     set: ServiceSet,
     /// How many of them nobody has asked for yet.
@@ -119,24 +119,24 @@ impl Known {
         if let (true, Some(before)) = (grace, &learnt.entries) {
             keep(before, answer, &mut entries);
         }
-        let before = learnt.entries.replace(entries.clone());
+        let before = learnt.entries.take();
+        share(before.as_deref().unwrap_or_default(), &mut entries);
         self.missing -= usize::from(before.is_none());
-        if before.as_ref() == Some(&entries) {
-            return false;
+        let changed = before.as_ref() != Some(&entries);
+        learnt.entries = Some(entries.clone());
+        if changed {
+            self.compose(key, before.as_deref().unwrap_or_default(), &entries);
         }
-        self.compose(key, before.as_deref().unwrap_or_default(), &entries);
-        true
+        changed
     }
 
     /// Makes those services anew about which `key` said and says something.
     fn compose(&mut self, key: &Key, before: &[Contribution], now: &[Contribution]) {
         for Contribution { entry, .. } in before {
-            if let Some(keys) = self.by_name.get_mut(&entry.name) {
-                keys.remove(key);
-            }
+            self.by_name.remove(&(entry.name.clone(), key.clone()));
         }
         for Contribution { entry, .. } in now {
-            self.by_name.entry(entry.name.clone()).or_default().insert(key.clone());
+            self.by_name.insert((entry.name.clone(), key.clone()));
         }
         let names: BTreeSet<&ServiceName> = before.iter().chain(now).map(|it| &it.entry.name).collect();
         for name in names {
@@ -144,10 +144,7 @@ impl Known {
                 // What did not change stays the same value, so that nobody has to compare it again.
                 Some(entry) if self.set.services.get(name) == Some(&entry) => {}
                 Some(entry) => drop(self.set.services.insert(name.clone(), entry)),
-                None => {
-                    self.set.services.remove(name);
-                    self.by_name.remove(name);
-                }
+                None => drop(self.set.services.remove(name)),
             }
         }
     }
@@ -155,9 +152,8 @@ impl Known {
     /// A service of the mesh. Of two of Consul's names that are one to the mesh (`my_app`, `my-app`) it is the one that is
     /// written as the mesh writes it, else the first; and whatever says by its meta that it belongs to the service.
     fn composed(&self, name: &ServiceName) -> Option<Arc<ServiceEntry>> {
-        let keys = self.by_name.get(name)?;
-        let all: Vec<(&Key, &Contribution)> = keys
-            .iter()
+        let all: Vec<(&Key, &Contribution)> = self
+            .saying(name)
             .flat_map(|key| self.services.get(key).map(|learnt| (key, learnt)))
             .flat_map(|(key, learnt)| learnt.entries.iter().flatten().map(move |it| (key, it)))
             .filter(|(_, it)| it.entry.name == *name)
@@ -194,7 +190,12 @@ impl Known {
 
     /// What Consul calls the services that a service of the mesh is made of.
     pub fn keys_of(&self, name: &ServiceName) -> Vec<Key> {
-        self.by_name.get(name).into_iter().flatten().cloned().collect()
+        self.saying(name).cloned().collect()
+    }
+
+    fn saying(&self, name: &ServiceName) -> impl Iterator<Item = &Key> {
+        let first = (name.clone(), (0, Arc::from("")));
+        self.by_name.range(first..).take_while(move |(other, _)| other == name).map(|(_, key)| key)
     }
 
     /// The datacenters whose grace is over at `now`; it is not told again.
@@ -229,7 +230,7 @@ impl Known {
 fn keep(before: &[Contribution], answer: &Instances, entries: &mut Vec<Contribution>) {
     let said: BTreeSet<_> = answer.usable.iter().map(|instance| instance.addr).collect();
     for Contribution { entry: known, own } in before {
-        let kept = known.endpoints.iter().filter(|endpoint| !said.contains(&endpoint.addr)).cloned();
+        let kept = known.endpoints.iter().filter(|it| !said.contains(&it.endpoint.addr())).cloned();
         match entries.iter_mut().find(|it| it.entry.name == known.name) {
             Some(it) => Arc::make_mut(&mut it.entry).endpoints.extend(kept),
             None => {
@@ -239,7 +240,7 @@ fn keep(before: &[Contribution], answer: &Instances, entries: &mut Vec<Contribut
         }
     }
     for it in entries {
-        Arc::make_mut(&mut it.entry).endpoints.sort_by_key(|endpoint| (endpoint.addr, endpoint.alias, endpoint.port));
+        Arc::make_mut(&mut it.entry).endpoints.sort_by_key(|it| (it.endpoint.addr(), it.alias, it.port));
     }
 }
 
@@ -309,6 +310,25 @@ mod tests {
     }
 
     #[test]
+    fn what_is_said_again_is_not_held_twice() {
+        let (mut known, config) = (Known::default(), consul(""));
+        known.names(0, &names(&["a"]), &config, T0);
+        let endpoints = |known: &Known| {
+            let entry = known.set().services["a"].clone();
+            entry.endpoints.iter().map(|it| it.endpoint.clone()).collect::<Vec<_>>()
+        };
+        known.instances(&key("a"), &instances(&[1, 2]), &config, T0);
+        let [one, two] = &endpoints(&known)[..] else { panic!("two endpoints") };
+        known.instances(&key("a"), &instances(&[1, 2]), &config, T0);
+        // The test has one, and Known the other, in one entry that its set shares.
+        assert_eq!((Arc::strong_count(one), Arc::strong_count(two)), (2, 2));
+        let held = known.services[&key("a")].entries.as_ref().expect("was asked for")[0].entry.clone();
+        assert!(Arc::ptr_eq(&held, &known.set().services["a"]));
+        known.instances(&key("a"), &instances(&[2, 3]), &config, T0);
+        assert!(Arc::ptr_eq(two, &endpoints(&known)[0]), "what stays is the same value");
+    }
+
+    #[test]
     fn names_that_are_one_to_the_mesh() {
         let (mut known, config) = (Known::default(), consul(""));
         known.names(0, &names(&["My-App", "my-app", "my_app", "___"]), &config, T0);
@@ -317,7 +337,7 @@ mod tests {
         }
         let set = known.set();
         assert_eq!(set.services.len(), 1);
-        assert_eq!(set.services["my-app"].endpoints[0].addr.to_string(), "10.0.0.2:80");
+        assert_eq!(set.services["my-app"].endpoints[0].endpoint.addr().to_string(), "10.0.0.2:80");
         assert_eq!(known.problems(), ["___: no DNS label can be made of it"]);
     }
 

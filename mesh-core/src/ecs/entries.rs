@@ -7,6 +7,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
+    sync::Arc,
 };
 
 use super::model::{Checked, Cluster, Connect, Definition, Instance, State, Task, attribute};
@@ -16,8 +17,9 @@ use crate::{
     id::{ClusterName, ServiceName, SpiffeId, TrustDomain},
     instance::{Interned, USUAL_PORT},
     merge::{SERVICE_LABEL, says_enrolled},
+    model::Endpoint,
     resolve::of_datacenter,
-    services::{Attributes, DEFAULT_WEIGHT, EndpointEntry, PortEntry, ServiceEntry, ServiceSet},
+    services::{Attributes, EndpointEntry, PortEntry, ServiceEntry, ServiceSet},
     task::NetworkMode,
 };
 
@@ -101,7 +103,7 @@ impl View<'_> {
             for name in names {
                 let draft = drafts.entry(name).or_default();
                 for endpoint in self.as_served(&endpoints) {
-                    draft.endpoints.insert((endpoint.port, endpoint.addr), endpoint);
+                    draft.endpoints.insert((endpoint.port, endpoint.endpoint.addr()), endpoint);
                 }
             }
             for connect in self.connects(task, service) {
@@ -167,18 +169,14 @@ impl View<'_> {
             None => (None, None),
         };
         let attributes = interned.of(self.attributes(task, service, definition, instance));
+        let zone = task.zone.as_deref().filter(|zone| !zone.is_empty()).map(|zone| interned.zone(zone));
         let endpoint = |(container, addr)| {
-            let endpoint = EndpointEntry {
-                port: None,
-                addr: canonical(addr),
-                agent,
-                identity: identity.clone(),
-                weight: DEFAULT_WEIGHT,
-                zone: task.zone.clone().filter(|zone| !zone.is_empty()),
-                alias: false,
+            let endpoint = Arc::new(Endpoint {
+                zone: zone.clone(),
                 attributes: attributes.clone(),
-            };
-            (container, endpoint)
+                ..Endpoint::listed(addr, agent, identity.clone())
+            });
+            (container, EndpointEntry { port: None, alias: false, endpoint })
         };
         Ok(reached.into_iter().map(endpoint).collect())
     }
@@ -281,7 +279,7 @@ impl View<'_> {
             draft.ports.entry(*port).or_insert(entry);
             for (_, endpoint) in endpoints.iter().filter(|(container, _)| *container == target.container) {
                 let endpoint = EndpointEntry { port: Some(*port), alias: false, ..endpoint.clone() };
-                draft.endpoints.insert((endpoint.port, endpoint.addr), endpoint);
+                draft.endpoints.insert((endpoint.port, endpoint.endpoint.addr()), endpoint);
             }
         }
     }

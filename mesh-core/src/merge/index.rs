@@ -9,6 +9,7 @@ use std::{
     sync::Arc,
 };
 
+use imbl::OrdMap;
 use mesh_common::addr::{Addr, Ip};
 
 use super::{Change, next};
@@ -16,20 +17,20 @@ use crate::model::{Destination, Endpoint, Health, Reach, Service, Snapshot, Targ
 
 /// Who has an address when several claim it: the lower one.
 type Rank = (u8, bool);
+/// A change of one part in so many is large: to fill a table anew costs no more than some of the other work then.
+const MANY: usize = 32;
 
 /// Brings everything up to date that follows from services and workloads, which are those of `snapshot` already. Numbers
 /// are taken over from `previous`.
 pub(super) fn update(snapshot: &mut Snapshot, previous: &Snapshot, changes: &[Change]) {
+    let mut named = BTreeMap::new();
     for service in changes.iter().filter_map(|change| change.old.as_ref()) {
-        for ip in addresses_of(service) {
-            snapshot.by_vip.remove(&Ip::from(ip));
-        }
+        named.extend(addresses_of(service).map(|ip| (Ip::from(ip), None)));
     }
     for service in changes.iter().filter_map(|change| change.new.as_ref()) {
-        for ip in addresses_of(service) {
-            snapshot.by_vip.insert(Ip::from(ip), service.name.clone());
-        }
+        named.extend(addresses_of(service).map(|ip| (Ip::from(ip), Some(service.name.clone()))));
     }
+    put(&mut snapshot.by_vip, &named);
     let moves = moves(snapshot, changes);
     number(snapshot, previous, changes, &moves);
 }
@@ -152,12 +153,8 @@ fn number(snapshot: &mut Snapshot, previous: &Snapshot, changes: &[Change], move
     for (number, destination) in dense(numbered.iter()) {
         snapshot.by_service_number.insert(*number, destination.clone());
     }
-    for (addr, winner) in dense(moves.iter()) {
-        match winner.as_ref().and_then(|winner| destinations.get(winner)) {
-            Some(destination) => snapshot.by_address.insert(*addr, destination.clone()),
-            None => snapshot.by_address.remove(addr),
-        };
-    }
+    let has = |winner: &Option<Target>| winner.as_ref().and_then(|winner| destinations.get(winner)).cloned();
+    put(&mut snapshot.by_address, &moves.iter().map(|(addr, winner)| (*addr, has(winner))).collect());
     // Whoever has lost its last address is no destination any more.
     let losers = moves.keys().filter_map(|addr| previous.by_address.get(addr));
     let gone: Vec<u32> = losers
@@ -172,6 +169,28 @@ fn number(snapshot: &mut Snapshot, previous: &Snapshot, changes: &[Change], move
     for number in gone {
         snapshot.by_service_number.remove(&number);
     }
+}
+
+/// Gives keys the values that they have from now on, or none.
+///
+/// Where many change, all nodes would be divided and left half empty, if it happened little by little as well. So the map is
+/// filled anew then.
+fn put<K: Copy + Ord, V: Clone>(map: &mut OrdMap<K, V>, changes: &BTreeMap<K, Option<V>>) {
+    if changes.len() * MANY < map.len() {
+        for (key, value) in changes {
+            match value {
+                Some(value) => drop(map.insert(*key, value.clone())),
+                None => drop(map.remove(key)),
+            }
+        }
+        return;
+    }
+    let stay = map.iter().filter(|(key, _)| !changes.contains_key(*key)).map(|(key, value)| (*key, value));
+    let come = changes.iter().filter_map(|(key, value)| Some((*key, value.as_ref()?)));
+    let mut all: Vec<_> = stay.chain(come).collect();
+    all.sort_unstable_by_key(|(key, _)| *key);
+    let filled = dense(all.iter()).map(|(key, value)| (*key, (*value).clone())).collect();
+    *map = filled;
 }
 
 /// Every other one, then those between. A B-tree that is filled in order is left with nodes half empty; those between

@@ -100,7 +100,7 @@ impl Known {
 
 /// Services of the set with an endpoint at one of the addresses.
 fn listing(set: &ServiceSet, addresses: &BTreeSet<Addr>) -> impl Iterator<Item = ServiceName> {
-    let lists = |entry: &ServiceEntry| entry.endpoints.iter().any(|e| addresses.contains(&e.addr.into()));
+    let lists = |entry: &ServiceEntry| entry.endpoints.iter().any(|e| addresses.contains(&e.endpoint.id.0));
     let entries = if addresses.is_empty() { None } else { Some(&set.services) };
     entries.into_iter().flatten().filter(move |(_, entry)| lists(entry)).map(|(name, _)| name.clone())
 }

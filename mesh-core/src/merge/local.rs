@@ -17,7 +17,7 @@ use crate::{
     id::{ServiceName, SpiffeId},
     model::{Endpoint, EndpointId, Health, Reach},
     readiness::Gate,
-    services::{DEFAULT_WEIGHT, PortEntry, ServiceSet},
+    services::{Attributes, DEFAULT_WEIGHT, PortEntry, ServiceSet},
     task::{ContainerHealth, NetworkMode, Phase, Task},
 };
 
@@ -216,14 +216,12 @@ fn endpoint(member: &Member, target: u16, sources: &Sources<'_>) -> Option<Arc<E
     let (deliver, addr) = (canonical(deliver), canonical(addr));
     Some(Arc::new(Endpoint {
         id: EndpointId::of(addr),
-        addr,
         reach: Reach::Local { task: task.id.clone(), deliver, direct },
         identity: Some(member.identity.clone()),
         health,
         weight: DEFAULT_WEIGHT,
         zone: sources.zone.map(Arc::from),
-        task: Some(task.id.clone()),
-        attributes: Arc::default(),
+        attributes: Attributes::none(),
     }))
 }
 

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     arb::{self, World, bridge_task},
-    model::{Destination, Target},
+    model::{Destination, Health, Reach, Target},
     services,
     task::{ContainerHealth, NetworkMode, Phase},
 };
@@ -48,7 +48,7 @@ fn show(snapshot: &Snapshot) -> Vec<String> {
                     Reach::Tunnel { agent } => format!("by {agent}"),
                     Reach::Plaintext => "plain".into(),
                 };
-                lines.push(format!("  {} {reach} {:?} {}", endpoint.addr, endpoint.health, endpoint.weight));
+                lines.push(format!("  {} {reach} {:?} {}", endpoint.addr(), endpoint.health, endpoint.weight));
             }
         }
     }
@@ -207,13 +207,12 @@ fn it_scales() {
     let entry = |n: u16| {
         let endpoint = |e: u16| EndpointEntry {
             port: None,
-            addr: SocketAddr::new([10, (n >> 8) as u8, n as u8, e as u8].into(), 80),
-            agent: Some(addr("10.91.0.1:15008")),
-            identity: None,
-            weight: 100,
-            zone: None,
+            endpoint: Arc::new(Endpoint::listed(
+                SocketAddr::new([10, (n >> 8) as u8, n as u8, e as u8].into(), 80),
+                Some(addr("10.91.0.1:15008")),
+                Some("spiffe://a/ns/demo/sa/s".parse().expect("valid")),
+            )),
             alias: false,
-            attributes: Arc::default(),
         };
         services::ServiceEntry {
             name: format!("s{n}").parse().expect("valid"),
@@ -230,7 +229,18 @@ fn it_scales() {
     // Quadratic work over 50,000 endpoints would not end within the patience of anybody.
     let snapshot = world.snapshot();
     assert_eq!(snapshot.by_address.len(), 5000 * 12);
+    // The snapshot holds what the source holds, and no copy.
+    let (service, entry) = (&snapshot.services["s7"], &world.sets[0].services["s7"]);
+    assert!(Arc::ptr_eq(&service.ports[0].endpoints[3], &entry.endpoints[3].endpoint));
     assert_eq!(world.after(&snapshot).generation, snapshot.generation);
+    // A small change does not fill the tables anew, and they come to the same.
+    let mut moved = services::ServiceEntry::clone(&world.sets[0].services["s7"]);
+    moved.endpoints[3].endpoint = Arc::new(Endpoint::listed(addr("10.92.0.1:80"), None, None));
+    let mut world = world;
+    world.sets[0].services.insert(moved.name.clone(), Arc::new(moved));
+    let after = world.after(&snapshot);
+    assert!(after.target(addr("10.92.0.1:80")).is_some() && after.target(addr("10.0.7.3:80")).is_none());
+    tables_are_those_of(&after).expect("as from the beginning");
 }
 
 /// The look-up tables, made again from the services alone.
@@ -279,7 +289,7 @@ fn consistent(snapshot: &Snapshot) -> Result<(), TestCaseError> {
                     Reach::Local { deliver, .. } => Some(*deliver),
                     Reach::Tunnel { .. } | Reach::Plaintext => None,
                 };
-                prop_assert!(endpoint.addr == addr || deliver == Some(addr));
+                prop_assert!(endpoint.addr() == addr || deliver == Some(addr));
             }
         }
     }
@@ -289,7 +299,7 @@ fn consistent(snapshot: &Snapshot) -> Result<(), TestCaseError> {
             prop_assert!(port.endpoints.windows(2).all(|w| w[0].id < w[1].id));
             prop_assert!(snapshot.target(SocketAddr::new(service.vip.v4.into(), port.port)).is_some());
             for endpoint in &port.endpoints {
-                prop_assert!(snapshot.target(endpoint.addr).is_some());
+                prop_assert!(snapshot.target(endpoint.addr()).is_some());
                 prop_assert_eq!(endpoint.identity.is_none(), endpoint.reach == Reach::Plaintext);
                 if let Reach::Local { task, .. } = &endpoint.reach {
                     prop_assert_eq!(endpoint.identity.as_ref(), Some(&snapshot.workloads[task].identity));
@@ -415,13 +425,8 @@ fn nobody_takes_a_virtual_address_away_by_registering_it() {
 fn an_alias_gives_way_to_who_is_asked_for_by_that_port() {
     let endpoint = |port, alias, at: &str| EndpointEntry {
         port,
-        addr: addr(at),
-        agent: None,
-        identity: None,
-        weight: 100,
-        zone: None,
+        endpoint: Arc::new(Endpoint::listed(addr(at), None, None)),
         alias,
-        attributes: Arc::default(),
     };
     let registry = |endpoints| ServiceSet::of([registered("world", endpoints)]);
     let two = vec![endpoint(Some(80), true, "10.0.0.1:32768"), endpoint(None, true, "10.0.0.2:32768")];
@@ -517,14 +522,14 @@ proptest! {
         for set in &mut world.sets {
             set.services = set.services.iter().map(|(name, entry)| {
                 let mut entry = services::ServiceEntry::clone(entry);
-                entry.endpoints.iter_mut().for_each(|endpoint| endpoint.agent = None);
+                entry.endpoints.iter_mut().for_each(|it| Arc::make_mut(&mut it.endpoint).reach = Reach::Plaintext);
                 (name.clone(), Arc::new(entry))
             }).collect();
         }
         let addresses = |world: &World| -> Vec<(ServiceName, u16, SocketAddr)> {
             let snapshot = world.snapshot();
             let all = snapshot.services.values().flat_map(|service| {
-                service.ports.iter().flat_map(|port| port.endpoints.iter().map(|e| (service.name.clone(), port.port, e.addr)))
+                service.ports.iter().flat_map(|port| port.endpoints.iter().map(|e| (service.name.clone(), port.port, e.addr())))
             });
             all.collect()
         };

@@ -41,14 +41,14 @@ fn exact<'a>(
     trace: &mut Trace,
 ) -> Result<&'a Arc<Endpoint>, Refusal> {
     if ask.tried.contains(&endpoint.id) {
-        trace.say(|| format!("{} was named by the application itself and has been tried", endpoint.addr));
+        trace.say(|| format!("{} was named by the application itself and has been tried", endpoint.addr()));
         return Err(Refusal::NoHealthyEndpoint);
     }
     if !permitted(service, endpoint) {
         trace.say(|| plaintext_sentence(service, endpoint));
         return Err(Refusal::PlaintextForbidden);
     }
-    trace.say(|| format!("{} was named by the application itself", endpoint.addr));
+    trace.say(|| format!("{} was named by the application itself", endpoint.addr()));
     Ok(endpoint)
 }
 
@@ -122,7 +122,11 @@ fn none(service: &Service, port: &ServicePort, ask: &Outbound<'_>, trace: &mut T
 }
 
 fn plaintext_sentence(service: &Service, endpoint: &Endpoint) -> String {
-    format!("service {} requires mTLS, and no agent in front of {} can prove an identity", service.name, endpoint.addr)
+    format!(
+        "service {} requires mTLS, and no agent in front of {} can prove an identity",
+        service.name,
+        endpoint.addr()
+    )
 }
 
 fn picked_sentence(endpoints: &[Arc<Endpoint>], picked: Picked, ask: &Outbound<'_>) -> String {
@@ -130,7 +134,7 @@ fn picked_sentence(endpoints: &[Arc<Endpoint>], picked: Picked, ask: &Outbound<'
         let endpoint = &endpoints[n];
         let load = (ask.load)(&endpoint.id);
         let ejected = if load.is_ejected(ask.now) { ", ejected" } else { "" };
-        format!("{} (cost {:.1} ms{ejected})", endpoint.addr, load.cost(ask.now).as_secs_f64() * 1000.0)
+        format!("{} (cost {:.1} ms{ejected})", endpoint.addr(), load.cost(ask.now).as_secs_f64() * 1000.0)
     };
     match picked.over {
         Some(over) => format!("picked {} over {}", shown(picked.chosen), shown(over)),
@@ -149,11 +153,11 @@ fn delivery(endpoint: &Endpoint, ask: &Outbound<'_>, trace: &mut Trace) -> Resul
             let Some(expect) = endpoint.identity.clone() else { return Err(Refusal::PlaintextForbidden) };
             trace.say(|| format!("mTLS to the agent at {agent}, which must prove to be {expect}"));
             let from = ask.source.identity.clone();
-            Ok(Delivery::Tunnel { agent: *agent, authority: endpoint.addr, from, expect })
+            Ok(Delivery::Tunnel { agent: *agent, authority: endpoint.addr(), from, expect })
         }
         Reach::Plaintext => {
-            trace.say(|| format!("plaintext to {}: it is not in the mesh and the service permits it", endpoint.addr));
-            Ok(Delivery::Plaintext { to: endpoint.addr })
+            trace.say(|| format!("plaintext to {}: it is not in the mesh and the service permits it", endpoint.addr()));
+            Ok(Delivery::Plaintext { to: endpoint.addr() })
         }
     }
 }

@@ -305,12 +305,12 @@ proptest! {
                 match (&plan.delivery, &plan.endpoint.reach) {
                     (Delivery::Local { task, to }, Reach::Local { task: own, deliver, .. }) => prop_assert!(task == own && to == deliver),
                     (Delivery::Tunnel { agent, authority, from, expect }, Reach::Tunnel { agent: own }) => {
-                        prop_assert!(agent == own && *authority == plan.endpoint.addr && *from == source.identity);
+                        prop_assert!(agent == own && *authority == plan.endpoint.addr() && *from == source.identity);
                         prop_assert_eq!(Some(expect), plan.endpoint.identity.as_ref());
                     }
                     (Delivery::Plaintext { to }, Reach::Plaintext) => {
                         prop_assert_eq!(service.tls, TlsMode::Permissive);
-                        prop_assert_eq!(*to, plan.endpoint.addr);
+                        prop_assert_eq!(*to, plan.endpoint.addr());
                     }
                     other => prop_assert!(false, "{:?}", other),
                 }
@@ -373,7 +373,7 @@ proptest! {
                 prop_assert!(allowed(&plan.service.name) && allowed(&plan.workload.service));
                 prop_assert_eq!(peer.trust_domain(), plan.workload.identity.trust_domain());
                 let own = |e: &&Arc<Endpoint>| matches!(&e.reach, Reach::Local { task, deliver, .. }
-                    if *task == plan.workload.task && *deliver == plan.to && (e.addr == target || plan.to == target));
+                    if *task == plan.workload.task && *deliver == plan.to && (e.addr() == target || plan.to == target));
                 prop_assert!(plan.service.ports[plan.port].endpoints.iter().any(|e| own(&e)));
             }
             Err(refused) => {

@@ -53,18 +53,17 @@ fn the_documented_form_parses() {
         world.endpoints[0],
         EndpointEntry {
             port: None,
-            addr: "10.90.1.11:32768".parse().expect("a literal"),
-            agent: Some("10.90.1.11:15008".parse().expect("a literal")),
-            identity: None,
-            weight: 100,
-            zone: None,
+            endpoint: Arc::new(Endpoint::listed(
+                "10.90.1.11:32768".parse().expect("a literal"),
+                Some("10.90.1.11:15008".parse().expect("a literal")),
+                None,
+            )),
             alias: false,
-            attributes: Arc::default(),
         }
     );
     let second = &world.endpoints[1];
-    assert_eq!(second.addr.to_string(), "10.90.1.12:32768", "a mapped address is the plain one");
-    assert_eq!((second.port, second.weight, second.zone.as_deref()), (Some(80), 5, Some("a")));
+    assert_eq!(second.endpoint.addr().to_string(), "10.90.1.12:32768", "a mapped address is the plain one");
+    assert_eq!((second.port, second.endpoint.weight, second.endpoint.zone.as_deref()), (Some(80), 5, Some("a")));
     assert_eq!(set.services["cache"].ports[1].protocol, Some(Protocol::Tcp));
     assert_eq!(set.services["cache"].tls, None);
     let policy = set.policy.expect("has one");

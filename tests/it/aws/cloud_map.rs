@@ -33,7 +33,7 @@ fn health_attributes_and_removal_arrive() -> Result<()> {
     let one = "* 10.1.1.1:32768";
     running.await_seen(&[("server", &[one])])?;
     let set = running.set();
-    let endpoint = &set.services["server"].endpoints[0];
+    let endpoint = &set.services["server"].endpoints[0].endpoint;
     ensure!(endpoint.zone.as_deref() == Some("eu-central-1a"), "{endpoint:?}");
     let meta = &endpoint.attributes.meta;
     ensure!(meta["ECS_TASK_DEFINITION_FAMILY"] == "server" && meta["color"] == "green", "{meta:?}");

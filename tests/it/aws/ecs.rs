@@ -100,7 +100,7 @@ fn services_tasks_and_their_tunnels_arrive() -> Result<()> {
     let plain: &[&str] = &["80 10.1.1.1:8080", "8080 10.1.1.1:8080"];
     running.await_seen(&[("plain", plain), ("world", &world)])?;
     let set = running.set();
-    let meta = &set.services["world"].endpoints[0].attributes.meta;
+    let meta = &set.services["world"].endpoints[0].endpoint.attributes.meta;
     ensure!(meta["ecs-revision"] == "1" && meta["ecs-deployment"] == deployment, "{meta:?}");
     ensure!(meta["ecs-deployment-status"] == "PRIMARY" && meta["ecs-family"] == "world", "{meta:?}");
 

@@ -115,7 +115,8 @@ fn host_ports_names_of_service_connect_and_deployments_arrive() -> Result<()> {
     let port = set.services["server"].ports[0];
     ensure!((port.port, port.target) == (80, Some(8080)), "{port:?}");
     ensure!(port.protocol == Some(mesh_core::model::Protocol::Grpc), "{port:?}");
-    let meta: Vec<_> = set.services["world"].endpoints[..2].iter().map(|it| it.attributes.meta.clone()).collect();
+    let meta: Vec<_> =
+        set.services["world"].endpoints[..2].iter().map(|it| it.endpoint.attributes.meta.clone()).collect();
     for (meta, (revision, status, color)) in meta.iter().zip([("1", "ACTIVE", "blue"), ("2", "PRIMARY", "green")]) {
         ensure!(meta["ecs-revision"] == revision && meta["ecs-deployment-status"] == status, "{meta:?}");
         ensure!(meta["color"] == color && meta["ecs-instance"] == "i-1", "{meta:?}");

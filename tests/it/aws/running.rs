@@ -67,9 +67,9 @@ impl Running {
 
     fn start(backend: Backend) -> Result<Self> {
         let show = |e: &EndpointEntry| {
-            let agent = e.agent.map(|agent| format!(" by {agent}")).unwrap_or_default();
-            let identity = e.identity.as_ref().map(|id| format!(" as {}", id.as_str())).unwrap_or_default();
-            format!("{} {}{agent}{identity}", e.port.map_or("*".into(), |port| port.to_string()), e.addr)
+            let agent = e.endpoint.agent().map(|agent| format!(" by {agent}")).unwrap_or_default();
+            let identity = e.endpoint.identity.as_ref().map(|id| format!(" as {}", id.as_str())).unwrap_or_default();
+            format!("{} {}{agent}{identity}", e.port.map_or("*".into(), |port| port.to_string()), e.endpoint.addr())
         };
         Following::start(backend, LIMIT, show).map(Self)
     }
@@ -104,8 +104,8 @@ impl Running {
         };
         let service = addresses.first().and_then(|ip| snapshot.service_at(*ip)).context("a virtual address")?;
         let endpoint = |it: &Arc<mesh_core::model::Endpoint>| match &it.reach {
-            Reach::Tunnel { agent } => format!("{} by {agent}", it.addr),
-            Reach::Local { .. } | Reach::Plaintext => it.addr.to_string(),
+            Reach::Tunnel { agent } => format!("{} by {agent}", it.addr()),
+            Reach::Local { .. } | Reach::Plaintext => it.addr().to_string(),
         };
         let port = |port: &ServicePort| {
             let endpoints: Vec<_> = port.endpoints.iter().map(endpoint).collect();

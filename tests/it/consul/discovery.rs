@@ -32,7 +32,12 @@ impl Running {
         let config = config::parse(&text).map_err(|faults| anyhow::anyhow!("{faults:?}"))?;
         let consul = Arc::new(config.discovery.consul.context("configured")?);
         let show = |e: &EndpointEntry| {
-            format!("{} {} {}", e.port.map_or("*".into(), |port| port.to_string()), e.addr, e.weight)
+            format!(
+                "{} {} {}",
+                e.port.map_or("*".into(), |port| port.to_string()),
+                e.endpoint.addr(),
+                e.endpoint.weight
+            )
         };
         Following::start(Backend::Consul(consul), LIMIT, show).map(Self)
     }
@@ -62,7 +67,7 @@ fn health_tags_weights_and_removal_arrive() -> Result<()> {
     let other = ["8080 10.1.1.9:8080 100", "* 10.1.1.9:8080 100"];
     running.await_seen(&[("world", &[one, other[0], other[1]]), ("world--tag-v1", &[one])])?;
     let set = running.set();
-    let endpoint = set.services["world"].endpoints.last().context("there are three")?;
+    let endpoint = &set.services["world"].endpoints.last().context("there are three")?.endpoint;
     ensure!(endpoint.zone.as_deref() == Some("b") && endpoint.attributes.meta["x"] == "y", "{endpoint:?}");
 
     let mut flips = Vec::new();

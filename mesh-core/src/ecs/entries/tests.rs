@@ -74,9 +74,9 @@ fn show(cluster: &Cluster) -> Vec<String> {
 
 fn lines(set: &ServiceSet) -> Vec<String> {
     let endpoint = |e: &EndpointEntry| {
-        let agent = e.agent.map(|agent| format!(" by {agent}")).unwrap_or_default();
-        let id = e.identity.as_ref().map(|id| format!(" as {}", id.as_str())).unwrap_or_default();
-        format!("{}{} {}{agent}{id}", e.port.unwrap_or(0), if e.alias { "*" } else { "" }, e.addr)
+        let agent = e.endpoint.agent().map(|agent| format!(" by {agent}")).unwrap_or_default();
+        let id = e.endpoint.identity.as_ref().map(|id| format!(" as {}", id.as_str())).unwrap_or_default();
+        format!("{}{} {}{agent}{id}", e.port.unwrap_or(0), if e.alias { "*" } else { "" }, e.endpoint.addr())
     };
     let entry = |entry: &Arc<ServiceEntry>| {
         format!("{}: {}", entry.name, entry.endpoints.iter().map(endpoint).collect::<Vec<_>>().join(", "))
@@ -216,8 +216,8 @@ fn what_ecs_says_is_carried() {
     service.deployments.get_mut("ecs-svc/1").expect("there").external_id = Some("blue".into());
     let (set, _) = found(&cluster);
     let endpoint = &set.services["world"].endpoints[0];
-    assert_eq!(endpoint.zone.as_deref(), Some("eu-central-1a"));
-    let shown: Vec<_> = endpoint.attributes.meta.iter().map(|(k, v)| format!("{k}={v}")).collect();
+    assert_eq!(endpoint.endpoint.zone.as_deref(), Some("eu-central-1a"));
+    let shown: Vec<_> = endpoint.endpoint.attributes.meta.iter().map(|(k, v)| format!("{k}={v}")).collect();
     assert_eq!(
         shown,
         [
@@ -261,9 +261,9 @@ proptest! {
         let (set, problems) = found(&forth);
         prop_assert!(problems.is_empty());
         let endpoints = &set.services["world"].endpoints;
-        let reached: BTreeSet<IpAddr> = endpoints.iter().map(|endpoint| endpoint.addr.ip()).collect();
+        let reached: BTreeSet<IpAddr> = endpoints.iter().map(|endpoint| endpoint.endpoint.addr().ip()).collect();
         prop_assert_eq!(reached, well);
-        prop_assert!(endpoints.iter().all(|it| it.agent.is_some() == it.identity.is_some()));
+        prop_assert!(endpoints.iter().all(|it| it.endpoint.agent().is_some() == it.endpoint.identity.is_some()));
         let unique: BTreeSet<_> = states.iter().map(|(_, _, last)| last).collect();
         if unique.len() == states.len() {
             tasks.reverse();
