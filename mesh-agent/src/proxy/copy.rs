@@ -2,8 +2,8 @@
 //!
 //! Memory is bounded by what one read can bring: a direction reads only when everything before has been written.
 //! Reads go through a buffer that the thread owns, so an idle connection holds no buffer at all; only what the
-//! destination did not take at once is kept. What a long stream brings for a tunnel is read into memory of its own,
-//! which the tunnel takes over. No timeout: an idle connection stays.
+//! destination did not take at once is kept; and for a tunnel what it may send until it is granted more. What a long stream
+//! brings for a tunnel is read into memory of its own, which the tunnel takes over. No timeout: an idle connection stays.
 //!
 //! ```text
 //! direction:  open ──read EOF──► shut down the other side ──► ended
@@ -135,7 +135,10 @@ impl Flow {
                         count(n);
                     }
                     Poll::Ready(Ok(_) | Err(_)) => self.state = State::Failed,
-                    Poll::Pending => return Ok(()),
+                    Poll::Pending => {
+                        from.gather(cx);
+                        return Ok(());
+                    }
                 }
             } else if self.eof {
                 if let (End::Listening(stream, _), End::Tunnel(tunnel)) = (&*from, &mut *to)
@@ -158,6 +161,9 @@ impl Flow {
                     Poll::Pending => return Ok(()),
                 }
             }
+        }
+        if self.state == State::Failed {
+            from.gather(cx);
         }
         Ok(())
     }
@@ -272,6 +278,13 @@ impl End {
                 }
             },
             Self::Moving => Poll::Ready(Ok(0)),
+        }
+    }
+
+    /// Nothing is read from it now. As [`Tunnel::gather`].
+    fn gather(&mut self, cx: &mut Context<'_>) {
+        if let Self::Tunnel(tunnel) = self {
+            tunnel.gather(cx);
         }
     }
 

@@ -89,6 +89,15 @@ impl Wire {
         }
     }
 
+    /// For who does not read now. As [`Tunnel::gather`].
+    pub(super) fn gather(&mut self, cx: &mut Context<'_>) {
+        match &mut self.socket {
+            // It has a connection of its own.
+            Socket::Tcp(_) => {}
+            Socket::Tunnel(tunnel) => tunnel.gather(cx),
+        }
+    }
+
     /// Whether a read would bring something, as far as is known without trying: so that who waits for it need not hold memory for it.
     pub(super) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
         match &self.socket {

@@ -19,7 +19,7 @@ use http::{HeaderMap, HeaderName};
 use mesh_core::id::SpiffeId;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::transport::{h2_settings, pool::Lease};
+use crate::transport::{h2_settings, inflow::Inflow, pool::Lease};
 
 /// Bytes of a full frame. What is written by multiples of it wastes nothing.
 pub const LARGEST_FRAME: usize = h2_settings::FRAME as usize;
@@ -42,7 +42,7 @@ pub struct Tunnel {
 
 /// The direction from the peer to us.
 pub struct Receiving {
-    stream: RecvStream,
+    stream: Inflow,
     /// Received, not yet consumed.
     held: Bytes,
     /// Length of `held` as it arrived; to be granted again.
@@ -72,7 +72,7 @@ impl Tunnel {
         Self {
             peer,
             receiving: Receiving {
-                stream: receive,
+                stream: Inflow::new(receive),
                 held: Bytes::new(),
                 owed: 0,
                 ended: false,
@@ -118,6 +118,11 @@ impl Tunnel {
         self.receiving.poll_data(cx)
     }
 
+    /// As [`Receiving::gather`].
+    pub fn gather(&mut self, cx: &mut Context<'_>) {
+        self.receiving.gather(cx);
+    }
+
     /// As [`Sending::poll_send`].
     ///
     /// # Errors
@@ -148,6 +153,12 @@ impl Receiving {
         Poll::Ready(Ok(Some(held)))
     }
 
+    /// For who cannot take now what comes: keeps what has come, so that it is no burden to the connection's other streams,
+    /// and wakes `cx` when there is more. Without it, many small pieces that wait end the connection.
+    pub fn gather(&mut self, cx: &mut Context<'_>) {
+        self.stream.gather(cx);
+    }
+
     /// Whether there are bytes in `held`; false at the end.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
         while self.held.is_empty() {
@@ -174,7 +185,7 @@ impl Receiving {
     /// Lets the peer send as much again as was consumed.
     fn grant(&mut self) {
         // Fails only when more is granted than was received, which `owed` rules out.
-        drop(self.stream.flow_control().release_capacity(std::mem::take(&mut self.owed)));
+        drop(self.stream.grant(std::mem::take(&mut self.owed)));
     }
 }
 

@@ -41,6 +41,7 @@ use crate::{
         access::Access,
         metrics::{Outcome, Protocol},
     },
+    transport::inflow::Inflow,
 };
 
 /// A request that was answered: the answer's head, and what both bodies need.
@@ -147,7 +148,7 @@ async fn send(
     let bodiless = body.is_end_stream();
     let mut attempts = Attempts::default();
     let mut replay = Replay::default();
-    let mut pending = Pending::First(body);
+    let mut pending = Pending::First(Inflow::new(body));
     // What a server did not process says nothing bad about it once: it is going, or its limits were not known yet.
     let mut again = false;
     let mut refused = false;
@@ -261,7 +262,7 @@ async fn opened(
 
 /// What is to be sent as the body.
 enum Pending {
-    First(RecvStream),
+    First(Inflow),
     Again(Pipe, Replay),
 }
 
@@ -321,7 +322,7 @@ async fn relay(client: &Client, answered: Answered, mut access: Box<Access>, res
             return;
         }
     };
-    let mut download = Pipe::new(body, to, end);
+    let mut download = Pipe::new(Inflow::new(body), to, end);
     // Until the answer has ended.
     let mut open = Some((access, in_flight));
     match poll_fn(|cx| poll_bodies(cx, &mut upload, &mut download, &mut open)).await {
