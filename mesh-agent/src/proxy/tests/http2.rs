@@ -530,6 +530,25 @@ async fn what_a_server_did_not_process_is_sent_elsewhere_whole() {
 }
 
 #[tokio::test]
+async fn the_end_of_a_body_without_an_octet_is_sent_again_too() {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let addr = app(move |request, mut respond| {
+        let first = asked.fetch_add(1, Ordering::Relaxed) == 0;
+        async move {
+            match first {
+                true => respond.send_reset(Reason::REFUSED_STREAM),
+                false => unary_echo("a", request, respond).await,
+            }
+        }
+    })
+    .await;
+    let agent = Agent::new(Protocol::Grpc, &[addr]);
+    let mut caller = Caller::of(&agent).await;
+    // The head does not say that nothing follows.
+    assert_eq!(caller.call("/x", b"").await.unwrap().body, b"");
+}
+
+#[tokio::test]
 async fn a_server_with_few_streams_gets_more_connections() {
     let mut builder = h2::server::Builder::new();
     builder.max_concurrent_streams(1);

@@ -270,7 +270,7 @@ impl Pending {
     fn go(self, to: SendStream<Bytes>, bodiless: bool) -> Pipe {
         match self {
             Self::First(body) => Pipe::new(body, to, bodiless),
-            Self::Again(pipe, sent) => pipe.again(sent, to),
+            Self::Again(pipe, sent) => pipe.again(sent, to, bodiless),
         }
     }
 }

@@ -55,8 +55,8 @@ impl Pipe {
         Self { from, to, held: Bytes::new(), source: if done { Source::Done } else { Source::Body } }
     }
 
-    /// The same from its beginning to another receiver.
-    pub(super) fn again(self, sent: Replay, to: SendStream<Bytes>) -> Self {
+    /// The same from its beginning to another receiver, which the head tells whether it is `bodiless`.
+    pub(super) fn again(self, sent: Replay, to: SendStream<Bytes>, bodiless: bool) -> Self {
         let Self { from, held, source, to: _ } = self;
         let held = match (sent.bytes, held.is_empty()) {
             (None, _) => held,
@@ -68,8 +68,8 @@ impl Pipe {
             }
         };
         let source = match source {
-            // Without a byte, the head has said that nothing follows.
-            Source::Done if !held.is_empty() => Source::Ended,
+            // Also without a byte the end has to be sent, unless the head says that nothing follows.
+            Source::Done if !bodiless => Source::Ended,
             Source::Body | Source::Trailers | Source::Ended | Source::Done => source,
         };
         Self { from, to, held, source }
