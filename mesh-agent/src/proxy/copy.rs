@@ -10,7 +10,8 @@
 //!             open ──read fails──► reset both                (the source is gone: nobody is left to read)
 //!             open ──write fails──► failed; the opposite direction drains what had been sent, then both are reset
 //!             open ──read EOF, and the other agent has asked what was taken──► that is settled first ([`taken`](super::taken))
-//! after EOF of a side nothing reads from it, so its errors are watched for: a reset then resets both
+//! after EOF of a side nothing reads from it, so its errors are watched for: a reset then resets both (of a tunnel, when
+//!                                                                           what it had sent before is passed on)
 //! ```
 //!
 //! Must not know which end is whose, nor why they are connected.
@@ -71,7 +72,9 @@ pub(super) async fn both_ways(source: Wire, destination: Wire, counts: &Counts) 
             (State::Open, _) | (_, State::Open) => {}
         }
         let settling = forth.settling.is_under_way() || back.settling.is_under_way();
-        if !settling && (source.poll_broken(cx).is_ready() || destination.poll_broken(cx).is_ready()) {
+        if !settling
+            && (source.poll_broken(cx, forth.state).is_ready() || destination.poll_broken(cx, back.state).is_ready())
+        {
             return Poll::Ready(Outcome::Reset);
         }
         Poll::Pending
@@ -321,9 +324,12 @@ impl End {
         }
     }
 
-    fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    /// `from` is how far the direction is that comes from it.
+    fn poll_broken(&mut self, cx: &mut Context<'_>, from: State) -> Poll<()> {
         match self {
             Self::Listening(_, broken) => broken.as_mut().poll(cx),
+            // What it had sent before is passed on first.
+            Self::Tunnel(tunnel) if from == State::Ended => tunnel.poll_reset(cx),
             Self::Tcp(_) | Self::Tunnel(_) | Self::Moving => Poll::Pending,
         }
     }

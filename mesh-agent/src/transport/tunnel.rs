@@ -118,6 +118,12 @@ impl Tunnel {
         self.receiving.poll_data(cx)
     }
 
+    /// Waits until the peer resets the tunnel, or the connection is lost. For who has read its end, and would not hear of
+    /// that before the next write.
+    pub fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.sending.stream.poll_reset(cx).map(drop)
+    }
+
     /// As [`Receiving::gather`].
     pub fn gather(&mut self, cx: &mut Context<'_>) {
         self.receiving.gather(cx);

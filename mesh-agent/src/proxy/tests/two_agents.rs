@@ -172,6 +172,34 @@ async fn a_reset_crosses_both_agents() {
 }
 
 #[tokio::test]
+async fn a_reset_after_the_end_of_one_direction_crosses_both_agents() {
+    for caller_dies in [true, false] {
+        let (tell, mut accepted) = tokio::sync::mpsc::channel(16);
+        let app = server(move |stream| {
+            tell.try_send(stream).unwrap_or_default();
+            async {}
+        })
+        .await;
+        let mut far = far(Identities::new(ca("demo.mesh"), DAY), app).await;
+        let mut near = near(&far, app, "world");
+        let mut client = near.connect().await;
+        client.write_all(b"\0").await.unwrap();
+        let mut server = soon(accepted.recv()).await.unwrap();
+        assert_eq!(soon(server.read_u8()).await.unwrap(), 0);
+        let (mut dies, mut waits) = if caller_dies { (client, server) } else { (server, client) };
+        dies.shutdown().await.unwrap();
+        assert_eq!(rest(&mut waits).await, b"");
+        dies.set_zero_linger().unwrap();
+        drop(dies);
+        // It neither reads nor writes, and learns of it all the same.
+        soon(waits.ready(tokio::io::Interest::ERROR)).await.unwrap();
+        for line in [near.line().await, far.agent.line().await] {
+            assert_eq!(line["outcome"], "reset", "{line}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_dead_application_is_refused_by_its_own_number_at_both_ends() {
     let app = nobody().await;
     let mut far = far(Identities::new(ca("demo.mesh"), DAY), app).await;
