@@ -316,6 +316,19 @@ async fn an_answer_that_breaks_off_breaks_off_for_the_client_too() {
 }
 
 #[tokio::test]
+async fn an_answer_that_breaks_off_does_not_look_whole_to_a_client_of_http_1_0() {
+    let (addr, _heard) = canned("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n").await;
+    let mut agent = Agent::new(Protocol::Auto, &[addr]);
+    let mut client = agent.connect().await;
+    client.write_all(b"GET / HTTP/1.0\r\nHost: w\r\n\r\n").await.unwrap();
+    // To it, the end of the connection is the end of the body.
+    let mut answer = Vec::new();
+    let error = soon(client.read_to_end(&mut answer)).await.expect_err("a reset");
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    assert_eq!(agent.line().await["refusal.label"], "upstream_reset");
+}
+
+#[tokio::test]
 async fn what_is_no_answer_becomes_502() {
     for answer in ["", "SSH-2.0-x\r\n\r\n"] {
         let (addr, mut heard) = canned(answer).await;
