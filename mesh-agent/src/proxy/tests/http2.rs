@@ -343,6 +343,10 @@ async fn a_refusal_is_an_answer_and_for_grpc_a_status() {
     );
     assert!(String::from_utf8(reply.body).unwrap().contains("reason 8"));
     assert_eq!(agent.line().await["protocol"], "http2");
+    let head = Request::head("http://world:80/x").body(()).unwrap();
+    let response = soon(caller.begin(head, true).0).await.unwrap();
+    assert_eq!((response.status().as_u16(), response.body().is_end_stream()), (503, true));
+    assert_eq!(agent.line().await["refusal"].as_u64(), Some(8));
 
     let mut snapshot = snapshot(Protocol::Auto, vec![local(named("a").await)]);
     snapshot.policy = Arc::new(denying());

@@ -96,7 +96,7 @@ pub(super) async fn answer(
     client.link(&mut access);
     match answered {
         Ok(answered) => relay(&client, answered, access, &mut respond).await,
-        Err(Failed::Refused(refusal)) => refuse(&mut respond, &mut access, refusal),
+        Err(Failed::Refused(refusal)) => refuse(&mut respond, &mut access, &head.method, refusal),
         Err(Failed::Reset(reason)) => {
             access.refusal = Some(Refusal::UpstreamReset);
             respond.send_reset(reason);
@@ -116,7 +116,7 @@ fn check(head: &request::Parts) -> Result<(), Refusal> {
     if named && hosts.next().is_none() { Ok(()) } else { Err(Refusal::BadRequest) }
 }
 
-fn refuse(respond: &mut SendResponse<Bytes>, access: &mut Access, refusal: Refusal) {
+fn refuse(respond: &mut SendResponse<Bytes>, access: &mut Access, method: &Method, refusal: Refusal) {
     access.refusal = Some(refusal);
     // A client that takes no answer has gone.
     let sent = if access.protocol == Protocol::Grpc {
@@ -127,7 +127,12 @@ fn refuse(respond: &mut SendResponse<Bytes>, access: &mut Access, refusal: Refus
     } else {
         let (head, text) = refusal::plain(refusal).into_parts();
         access.status = Some(head.status.as_u16());
-        respond.send_response(Response::from_parts(head, ()), false).and_then(|mut body| body.send_data(text, true))
+        let head = Response::from_parts(head, ());
+        if *method == Method::HEAD {
+            respond.send_response(head, true).map(drop)
+        } else {
+            respond.send_response(head, false).and_then(|mut body| body.send_data(text, true))
+        }
     };
     if let Err(error) = sent {
         tracing::debug!(%error, "a refusal was not taken");
