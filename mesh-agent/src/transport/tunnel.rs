@@ -11,6 +11,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
+    time::SystemTime,
 };
 
 use bytes::{Buf as _, Bytes};
@@ -50,7 +51,7 @@ pub struct Receiving {
     ended: bool,
     /// What the peer said at its end about how much of ours its application had taken; [`UNTOLD`] until then.
     taken: Arc<AtomicU64>,
-    _lease: Option<Arc<Lease>>,
+    lease: Option<Arc<Lease>>,
 }
 
 /// The peer has not said how much it took.
@@ -77,7 +78,7 @@ impl Tunnel {
                 owed: 0,
                 ended: false,
                 taken: Arc::new(AtomicU64::new(UNTOLD)),
-                _lease: lease.clone(),
+                lease: lease.clone(),
             },
             sending: Sending { stream: send, ended: false, asked: false, taken: None, _lease: lease },
         }
@@ -108,6 +109,12 @@ impl Tunnel {
     /// Who is at the other end, proved by its certificate.
     pub fn peer(&self) -> &SpiffeId {
         &self.peer
+    }
+
+    /// When the first of its connection's certificates expires: nothing new is to begin on it afterwards. `None` where the
+    /// peer has opened it, and is to keep to that.
+    pub fn good_until(&self) -> Option<SystemTime> {
+        self.receiving.lease.as_ref().map(|lease| lease.connection.good_until)
     }
 
     /// As [`Receiving::poll_data`].
