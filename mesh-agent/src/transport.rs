@@ -1,8 +1,8 @@
 //! The mTLS tunnel between agents: what it is to its users. HBONE (HTTP/2 CONNECT over mutual TLS 1.3) on the wire.
 //!
 //! [`dial::Dialer`] opens tunnels, [`accept::serve`] takes them, [`tunnel::Tunnel`] is one stream of bytes. Below
-//! them: `pool` shares connections, `h2_settings` holds the figures of both ends, and `tls` is the only file that
-//! names the TLS library.
+//! them: `pool` shares connections, `h2_settings` holds the figures of both ends, [`inflow`] receives, and `tls` is the
+//! only file that names the TLS library.
 //!
 //! Knows identities and addresses; must not know services, plans or namespaces.
 
@@ -14,6 +14,7 @@ use mesh_core::id::SpiffeId;
 pub mod accept;
 pub mod dial;
 mod h2_settings;
+pub mod inflow;
 mod pool;
 pub mod tls;
 pub mod tunnel;

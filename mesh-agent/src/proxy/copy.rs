@@ -2,15 +2,16 @@
 //!
 //! Memory is bounded by what one read can bring: a direction reads only when everything before has been written.
 //! Reads go through a buffer that the thread owns, so an idle connection holds no buffer at all; only what the
-//! destination did not take at once is kept. What a long stream brings for a tunnel is read into memory of its own,
-//! which the tunnel takes over. No timeout: an idle connection stays.
+//! destination did not take at once is kept; and for a tunnel what it may send until it is granted more. What a long stream
+//! brings for a tunnel is read into memory of its own, which the tunnel takes over. No timeout: an idle connection stays.
 //!
 //! ```text
 //! direction:  open ──read EOF──► shut down the other side ──► ended
 //!             open ──read fails──► reset both                (the source is gone: nobody is left to read)
 //!             open ──write fails──► failed; the opposite direction drains what had been sent, then both are reset
 //!             open ──read EOF, and the other agent has asked what was taken──► that is settled first ([`taken`](super::taken))
-//! after EOF of a side nothing reads from it, so its errors are watched for: a reset then resets both
+//! after EOF of a side nothing reads from it, so its errors are watched for: a reset then resets both (of a tunnel, when
+//!                                                                           what it had sent before is passed on)
 //! ```
 //!
 //! Must not know which end is whose, nor why they are connected.
@@ -71,7 +72,9 @@ pub(super) async fn both_ways(source: Wire, destination: Wire, counts: &Counts) 
             (State::Open, _) | (_, State::Open) => {}
         }
         let settling = forth.settling.is_under_way() || back.settling.is_under_way();
-        if !settling && (source.poll_broken(cx).is_ready() || destination.poll_broken(cx).is_ready()) {
+        if !settling
+            && (source.poll_broken(cx, forth.state).is_ready() || destination.poll_broken(cx, back.state).is_ready())
+        {
             return Poll::Ready(Outcome::Reset);
         }
         Poll::Pending
@@ -135,7 +138,10 @@ impl Flow {
                         count(n);
                     }
                     Poll::Ready(Ok(_) | Err(_)) => self.state = State::Failed,
-                    Poll::Pending => return Ok(()),
+                    Poll::Pending => {
+                        from.gather(cx);
+                        return Ok(());
+                    }
                 }
             } else if self.eof {
                 if let (End::Listening(stream, _), End::Tunnel(tunnel)) = (&*from, &mut *to)
@@ -158,6 +164,9 @@ impl Flow {
                     Poll::Pending => return Ok(()),
                 }
             }
+        }
+        if self.state == State::Failed {
+            from.gather(cx);
         }
         Ok(())
     }
@@ -275,6 +284,13 @@ impl End {
         }
     }
 
+    /// Nothing is read from it now. As [`Tunnel::gather`].
+    fn gather(&mut self, cx: &mut Context<'_>) {
+        if let Self::Tunnel(tunnel) = self {
+            tunnel.gather(cx);
+        }
+    }
+
     /// Writes from the front of `data`, which a tunnel takes over without a copy.
     fn poll_send(&mut self, cx: &mut Context<'_>, data: &mut Bytes) -> Poll<io::Result<usize>> {
         if let Self::Tunnel(tunnel) = self {
@@ -308,9 +324,12 @@ impl End {
         }
     }
 
-    fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    /// `from` is how far the direction is that comes from it.
+    fn poll_broken(&mut self, cx: &mut Context<'_>, from: State) -> Poll<()> {
         match self {
             Self::Listening(_, broken) => broken.as_mut().poll(cx),
+            // What it had sent before is passed on first.
+            Self::Tunnel(tunnel) if from == State::Ended => tunnel.poll_reset(cx),
             Self::Tcp(_) | Self::Tunnel(_) | Self::Moving => Poll::Pending,
         }
     }

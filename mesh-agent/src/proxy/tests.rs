@@ -42,6 +42,7 @@ use crate::{
 mod http2;
 mod leaving;
 mod requests;
+mod stalled;
 mod streams;
 mod two_agents;
 

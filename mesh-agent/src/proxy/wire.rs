@@ -7,7 +7,7 @@ use std::{
     os::fd::{AsFd as _, OwnedFd},
     pin::Pin,
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use bytes::{Buf as _, Bytes};
@@ -86,6 +86,23 @@ impl Wire {
             _ if !self.early.is_empty() => how(&self.early),
             Socket::Tcp(stream) => stream.peek(&mut bytes).await.is_ok_and(|length| how(&bytes[..length])),
             Socket::Tunnel(_) => false,
+        }
+    }
+
+    /// Until when it may be used for something new. As [`Tunnel::good_until`].
+    pub(super) fn good_until(&self) -> Option<SystemTime> {
+        match &self.socket {
+            Socket::Tcp(_) => None,
+            Socket::Tunnel(tunnel) => tunnel.good_until(),
+        }
+    }
+
+    /// For who does not read now. As [`Tunnel::gather`].
+    pub(super) fn gather(&mut self, cx: &mut Context<'_>) {
+        match &mut self.socket {
+            // It has a connection of its own.
+            Socket::Tcp(_) => {}
+            Socket::Tunnel(tunnel) => tunnel.gather(cx),
         }
     }
 

@@ -17,7 +17,8 @@ const STREAM_WINDOW: u32 = 1 << 20;
 
 /// What all streams of a connection may have in flight together. With a connection window as small as one stream's, a
 /// reader of A that waits for B deadlocks when nobody reads B; with four times as much, four stalled readers stop
-/// everybody. With one window for each stream nobody can stop anybody. It bounds the memory of a connection whose
+/// everybody. With one window for each stream nobody can stop anybody, and many small frames that wait do not either as long
+/// as whoever cannot take them gathers them ([`inflow`](super::inflow)). It bounds the memory of a connection whose
 /// readers have all stalled; a connection that is read holds next to nothing.
 const CONNECTION_WINDOW: u32 = STREAM_WINDOW * 100;
 

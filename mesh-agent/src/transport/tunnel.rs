@@ -11,6 +11,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
+    time::SystemTime,
 };
 
 use bytes::{Buf as _, Bytes};
@@ -19,7 +20,7 @@ use http::{HeaderMap, HeaderName};
 use mesh_core::id::SpiffeId;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::transport::{h2_settings, pool::Lease};
+use crate::transport::{h2_settings, inflow::Inflow, pool::Lease};
 
 /// Bytes of a full frame. What is written by multiples of it wastes nothing.
 pub const LARGEST_FRAME: usize = h2_settings::FRAME as usize;
@@ -42,7 +43,7 @@ pub struct Tunnel {
 
 /// The direction from the peer to us.
 pub struct Receiving {
-    stream: RecvStream,
+    stream: Inflow,
     /// Received, not yet consumed.
     held: Bytes,
     /// Length of `held` as it arrived; to be granted again.
@@ -50,7 +51,7 @@ pub struct Receiving {
     ended: bool,
     /// What the peer said at its end about how much of ours its application had taken; [`UNTOLD`] until then.
     taken: Arc<AtomicU64>,
-    _lease: Option<Arc<Lease>>,
+    lease: Option<Arc<Lease>>,
 }
 
 /// The peer has not said how much it took.
@@ -72,12 +73,12 @@ impl Tunnel {
         Self {
             peer,
             receiving: Receiving {
-                stream: receive,
+                stream: Inflow::new(receive),
                 held: Bytes::new(),
                 owed: 0,
                 ended: false,
                 taken: Arc::new(AtomicU64::new(UNTOLD)),
-                _lease: lease.clone(),
+                lease: lease.clone(),
             },
             sending: Sending { stream: send, ended: false, asked: false, taken: None, _lease: lease },
         }
@@ -110,12 +111,29 @@ impl Tunnel {
         &self.peer
     }
 
+    /// When the first of its connection's certificates expires: nothing new is to begin on it afterwards. `None` where the
+    /// peer has opened it, and is to keep to that.
+    pub fn good_until(&self) -> Option<SystemTime> {
+        self.receiving.lease.as_ref().map(|lease| lease.connection.good_until)
+    }
+
     /// As [`Receiving::poll_data`].
     ///
     /// # Errors
     /// `ConnectionReset`.
     pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Bytes>>> {
         self.receiving.poll_data(cx)
+    }
+
+    /// Waits until the peer resets the tunnel, or the connection is lost. For who has read its end, and would not hear of
+    /// that before the next write.
+    pub fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.sending.stream.poll_reset(cx).map(drop)
+    }
+
+    /// As [`Receiving::gather`].
+    pub fn gather(&mut self, cx: &mut Context<'_>) {
+        self.receiving.gather(cx);
     }
 
     /// As [`Sending::poll_send`].
@@ -148,6 +166,12 @@ impl Receiving {
         Poll::Ready(Ok(Some(held)))
     }
 
+    /// For who cannot take now what comes: keeps what has come, so that it is no burden to the connection's other streams,
+    /// and wakes `cx` when there is more. Without it, many small pieces that wait end the connection.
+    pub fn gather(&mut self, cx: &mut Context<'_>) {
+        self.stream.gather(cx);
+    }
+
     /// Whether there are bytes in `held`; false at the end.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
         while self.held.is_empty() {
@@ -174,7 +198,7 @@ impl Receiving {
     /// Lets the peer send as much again as was consumed.
     fn grant(&mut self) {
         // Fails only when more is granted than was received, which `owed` rules out.
-        drop(self.stream.flow_control().release_capacity(std::mem::take(&mut self.owed)));
+        drop(self.stream.grant(std::mem::take(&mut self.owed)));
     }
 }
 

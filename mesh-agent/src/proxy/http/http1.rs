@@ -13,11 +13,14 @@ mod upgrade;
 
 use std::{
     os::fd::{AsFd as _, OwnedFd},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
-use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper::{Version, body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
 use mesh_common::refusal::Refusal;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -39,6 +42,8 @@ const LOOK: Duration = Duration::from_secs(2);
 /// A client's connection.
 struct Connection {
     client: Client,
+    /// The client speaks HTTP/1.0, to which the end of the connection may be the end of an answer.
+    old: AtomicBool,
     /// What the connection is when it is no longer HTTP.
     switched: Mutex<Option<Switched>>,
 }
@@ -50,10 +55,15 @@ pub(in crate::proxy) async fn serve(route: Arc<Route>, client: Wire, spare: Opti
         pool::donate(&route, spare).await;
     }
     let (watched, closing) = (client.watched(), client.watched());
-    let state = Arc::new(Connection { client: Client::new(route.clone()), switched: Mutex::default() });
+    let state = Arc::new(Connection {
+        client: Client::new(route.clone()),
+        old: AtomicBool::default(),
+        switched: Mutex::default(),
+    });
     let shared = state.clone();
     let service = service_fn(move |request: hyper::Request<Incoming>| {
         let connection = shared.clone();
+        connection.old.store(request.version() == Version::HTTP_10, Ordering::Relaxed);
         async move { exchange::answer(connection, request).await }
     });
     let connection = http1::Builder::new()
@@ -90,6 +100,13 @@ pub(in crate::proxy) async fn serve(route: Arc<Route>, client: Wire, spare: Opti
             // hyper has answered 400 or 431 and closed; no request came out of it that could tell.
             let mut access = route.record(Protocol::Http);
             access.refusal = Some(Refusal::BadRequest);
+        }
+        if let Some(closing) = &closing
+            && error.is_user()
+            && state.old.load(Ordering::Relaxed)
+        {
+            // The answer broke off, and must not look whole.
+            return linger::reset(closing);
         }
     }
     let switched = state.switched.lock().unwrap_or_else(PoisonError::into_inner).take();

@@ -35,7 +35,7 @@ use crate::{
 const STREAM_WINDOW: u32 = 256 << 10;
 /// Streams on one connection, with a client and with a server.
 const STREAMS: u32 = 100;
-/// A window for each stream: one that nobody reads cannot stop another.
+/// A window for each stream: one that nobody reads cannot stop another, small as its frames may be ([`relay`]).
 const CONNECTION_WINDOW: u32 = STREAM_WINDOW * STREAMS;
 /// Written but not yet sent, per stream.
 const SEND_BUFFER: usize = 256 << 10;

@@ -154,7 +154,10 @@ impl AsyncWrite for Parting {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.wire()?.poll_flush(cx)
+        let mut wire = self.wire()?;
+        // hyper does not read while nobody takes the answer, but it flushes whenever it is woken.
+        wire.gather(cx);
+        wire.poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

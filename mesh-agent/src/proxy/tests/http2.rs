@@ -343,6 +343,10 @@ async fn a_refusal_is_an_answer_and_for_grpc_a_status() {
     );
     assert!(String::from_utf8(reply.body).unwrap().contains("reason 8"));
     assert_eq!(agent.line().await["protocol"], "http2");
+    let head = Request::head("http://world:80/x").body(()).unwrap();
+    let response = soon(caller.begin(head, true).0).await.unwrap();
+    assert_eq!((response.status().as_u16(), response.body().is_end_stream()), (503, true));
+    assert_eq!(agent.line().await["refusal"].as_u64(), Some(8));
 
     let mut snapshot = snapshot(Protocol::Auto, vec![local(named("a").await)]);
     snapshot.policy = Arc::new(denying());
@@ -390,8 +394,8 @@ async fn a_drain_ends_the_connection_after_its_calls() {
     soon(agent.proxy.idle()).await;
 }
 
-#[tokio::test]
-async fn a_reader_that_stops_stops_its_writer_and_nobody_else() {
+/// Answers flow in pieces of at most `piece` octets, in this many streams that nobody reads.
+async fn stops_nobody_else(piece: usize, streams: usize) {
     let written = Arc::new(AtomicUsize::new(0));
     let counted = written.clone();
     let addr = app(move |request, mut respond| {
@@ -402,10 +406,15 @@ async fn a_reader_that_stops_stops_its_writer_and_nobody_else() {
             }
             let mut answer = respond.send_response(head(), false).unwrap();
             while counted.load(Ordering::Relaxed) < 100 << 20 {
-                answer.reserve_capacity(16 << 10);
-                let Some(Ok(room)) = std::future::poll_fn(|cx| answer.poll_capacity(cx)).await else { return };
+                answer.reserve_capacity(piece);
+                let mut room = answer.capacity();
+                if room == 0 {
+                    let Some(Ok(more)) = std::future::poll_fn(|cx| answer.poll_capacity(cx)).await else { return };
+                    room = more;
+                }
                 counted.fetch_add(room, Ordering::Relaxed);
                 answer.send_data(vec![0; room].into(), false).unwrap();
+                tokio::task::yield_now().await;
             }
         }
     })
@@ -413,11 +422,14 @@ async fn a_reader_that_stops_stops_its_writer_and_nobody_else() {
     let agent = Agent::new(Protocol::Grpc, &[addr]);
     let mut builder = h2::client::Builder::new();
     // Else the flood would take the room of the others in the client itself.
-    builder.initial_connection_window_size(1 << 20);
+    builder.initial_connection_window_size(1 << 20).initial_window_size(1 << 10);
     let (sender, connection) = builder.handshake(agent.connect().await).await.unwrap();
     let mut caller = Caller { sender, connection: tokio::spawn(connection) };
-    let (response, _to) = caller.begin(call("/flood"), false);
-    let body = soon(response).await.unwrap().into_body();
+    let mut unread = Vec::new();
+    for _ in 0..streams {
+        let (response, to) = caller.begin(call("/flood"), false);
+        unread.push((soon(response).await.unwrap().into_body(), to));
+    }
     // Other calls use the same connections meanwhile, long enough for the writer to have come to a stop.
     let mut last = 0;
     loop {
@@ -429,8 +441,26 @@ async fn a_reader_that_stops_stops_its_writer_and_nobody_else() {
             now => last = now,
         }
     }
-    assert!(last > 0 && last < 2 << 20, "{last} bytes for a client that reads none");
-    drop(body);
+    assert!(last > 0 && last < streams * (2 << 20), "{last} bytes for a client that reads none");
+    // Those that nobody read have waited.
+    for (mut body, _to) in unread {
+        let mut read = 0;
+        while read < 300 << 10 {
+            let chunk = soon(body.data()).await.expect("the answer goes on").unwrap();
+            body.flow_control().release_capacity(chunk.len()).unwrap();
+            read += chunk.len();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_reader_that_stops_stops_its_writer_and_nobody_else() {
+    stops_nobody_else(16 << 10, 1).await;
+}
+
+#[tokio::test]
+async fn readers_that_stop_in_the_middle_of_small_frames_stop_nobody_else() {
+    stops_nobody_else(20, 6).await;
 }
 
 #[tokio::test]
@@ -501,6 +531,25 @@ async fn what_a_server_did_not_process_is_sent_elsewhere_whole() {
     agent.publish(snapshot(Protocol::Grpc, vec![local(refusing)]));
     assert_eq!(caller.call("/x", b"x").await.unwrap_err().reason(), Some(Reason::REFUSED_STREAM));
     assert_eq!(agent.line().await["refusal.label"], "upstream_reset");
+}
+
+#[tokio::test]
+async fn the_end_of_a_body_without_an_octet_is_sent_again_too() {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let addr = app(move |request, mut respond| {
+        let first = asked.fetch_add(1, Ordering::Relaxed) == 0;
+        async move {
+            match first {
+                true => respond.send_reset(Reason::REFUSED_STREAM),
+                false => unary_echo("a", request, respond).await,
+            }
+        }
+    })
+    .await;
+    let agent = Agent::new(Protocol::Grpc, &[addr]);
+    let mut caller = Caller::of(&agent).await;
+    // The head does not say that nothing follows.
+    assert_eq!(caller.call("/x", b"").await.unwrap().body, b"");
 }
 
 #[tokio::test]

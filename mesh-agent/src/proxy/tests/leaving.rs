@@ -108,7 +108,10 @@ async fn the_agent_of_a_leaving_task_sends_callers_elsewhere_if_they_have_a_choi
 }
 
 /// Another agent, which does `handler` with each stream.
-async fn tunnels<F>(identities: Identities, handler: impl Fn(Tunnel) -> F + Clone + Send + Sync + 'static) -> SocketAddr
+pub(super) async fn tunnels<F>(
+    identities: Identities,
+    handler: impl Fn(Tunnel) -> F + Clone + Send + Sync + 'static,
+) -> SocketAddr
 where
     F: Future<Output = ()> + Send + 'static,
 {

@@ -316,6 +316,35 @@ async fn an_answer_that_breaks_off_breaks_off_for_the_client_too() {
 }
 
 #[tokio::test]
+async fn an_answer_that_breaks_off_does_not_look_whole_to_a_client_of_http_1_0() {
+    let (addr, _heard) = canned("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n").await;
+    let mut agent = Agent::new(Protocol::Auto, &[addr]);
+    let mut client = agent.connect().await;
+    client.write_all(b"GET / HTTP/1.0\r\nHost: w\r\n\r\n").await.unwrap();
+    // To it, the end of the connection is the end of the body.
+    let mut answer = Vec::new();
+    let error = soon(client.read_to_end(&mut answer)).await.expect_err("a reset");
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    assert_eq!(agent.line().await["refusal.label"], "upstream_reset");
+}
+
+#[tokio::test]
+async fn of_a_length_beside_chunks_the_client_hears_nothing() {
+    for answer in [
+        "HTTP/1.1 200 OK\r\nContent-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Length: 6\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+    ] {
+        let (addr, _heard) = canned(answer).await;
+        let agent = Agent::new(Protocol::Auto, &[addr]);
+        let mut client = agent.connect().await;
+        client.write_all(b"GET / HTTP/1.1\r\nHost: w\r\nConnection: close\r\n\r\n").await.unwrap();
+        let heard = String::from_utf8(rest(&mut client).await).unwrap().to_lowercase();
+        assert!(heard.starts_with("http/1.1 200") && heard.ends_with("\r\n\r\n3\r\nabc\r\n0\r\n\r\n"), "{heard}");
+        assert!(!heard.contains("content-length"), "{heard}");
+    }
+}
+
+#[tokio::test]
 async fn what_is_no_answer_becomes_502() {
     for answer in ["", "SSH-2.0-x\r\n\r\n"] {
         let (addr, mut heard) = canned(answer).await;

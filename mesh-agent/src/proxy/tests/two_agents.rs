@@ -111,6 +111,61 @@ async fn requests_cross_over_pooled_tunnels() {
     assert_eq!(line["outcome"], "ok", "an idle connection is left in good order: {line}");
 }
 
+/// Asks until another connection was made, which is to happen because a certificate has expired.
+async fn asked_beyond_a_certificate(near: &Agent, mut ask: impl AsyncFnMut()) {
+    ask().await;
+    assert_eq!(near.proxy.dialer.figures().handshakes, 1);
+    let began = std::time::Instant::now();
+    while near.proxy.dialer.figures().handshakes < 2 {
+        assert!(began.elapsed() < Duration::from_secs(15), "the certificate has expired long ago");
+        ask().await;
+        // Steadily, so that no connection is ever idle for long.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_busy_connection_does_not_outlive_its_certificates() {
+    const TTL: Duration = Duration::from_secs(4);
+    let app = server(|stream| async move {
+        let service = hyper::service::service_fn(|_| async {
+            Ok::<_, std::convert::Infallible>(hyper::Response::new(Empty::<bytes::Bytes>::new()))
+        });
+        drop(hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await);
+    })
+    .await;
+    let request = || hyper::Request::get("http://world/").header("host", "world").body(Empty::<bytes::Bytes>::new());
+
+    let far_side = far(Identities::new(ca("demo.mesh"), TTL), app).await;
+    let agent = near(&far_side, app, "world");
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(agent.connect().await)).await.unwrap();
+    tokio::spawn(connection);
+    asked_beyond_a_certificate(&agent, async || {
+        sender.ready().await.unwrap();
+        assert_eq!(soon(sender.send_request(request().unwrap())).await.unwrap().status(), 200);
+    })
+    .await;
+
+    let app = server(|stream| async move {
+        let mut connection = h2::server::handshake(stream).await.unwrap();
+        while let Some(Ok((_request, mut respond))) = connection.accept().await {
+            drop(respond.send_response(http::Response::<()>::new(()), true));
+        }
+    })
+    .await;
+    let far_side = far(Identities::new(ca("demo.mesh"), TTL), app).await;
+    let agent = near(&far_side, app, "world");
+    let (mut sender, connection) = h2::client::handshake(agent.connect().await).await.unwrap();
+    tokio::spawn(connection);
+    asked_beyond_a_certificate(&agent, async || {
+        let request = request().unwrap().map(|_empty| ());
+        let (answer, _) = sender.send_request(request, true).unwrap();
+        assert_eq!(soon(answer).await.unwrap().status(), 200);
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn calls_cross_in_one_tunnel_stream_together() {
     let streams = Arc::new(AtomicUsize::new(0));
@@ -169,6 +224,34 @@ async fn a_reset_crosses_both_agents() {
     drop(client);
     let error = soon(server.read_u8()).await.expect_err("a reset");
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+#[tokio::test]
+async fn a_reset_after_the_end_of_one_direction_crosses_both_agents() {
+    for caller_dies in [true, false] {
+        let (tell, mut accepted) = tokio::sync::mpsc::channel(16);
+        let app = server(move |stream| {
+            tell.try_send(stream).unwrap_or_default();
+            async {}
+        })
+        .await;
+        let mut far = far(Identities::new(ca("demo.mesh"), DAY), app).await;
+        let mut near = near(&far, app, "world");
+        let mut client = near.connect().await;
+        client.write_all(b"\0").await.unwrap();
+        let mut server = soon(accepted.recv()).await.unwrap();
+        assert_eq!(soon(server.read_u8()).await.unwrap(), 0);
+        let (mut dies, mut waits) = if caller_dies { (client, server) } else { (server, client) };
+        dies.shutdown().await.unwrap();
+        assert_eq!(rest(&mut waits).await, b"");
+        dies.set_zero_linger().unwrap();
+        drop(dies);
+        // It neither reads nor writes, and learns of it all the same.
+        soon(waits.ready(tokio::io::Interest::ERROR)).await.unwrap();
+        for line in [near.line().await, far.agent.line().await] {
+            assert_eq!(line["outcome"], "reset", "{line}");
+        }
+    }
 }
 
 #[tokio::test]

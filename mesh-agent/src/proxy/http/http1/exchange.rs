@@ -92,6 +92,10 @@ pub(super) async fn answer(connection: Arc<Connection>, mut request: Request<Inc
     // 426 names the protocol that the client should ask for.
     let proposes = head.status == StatusCode::UPGRADE_REQUIRED && hop::upgrades(&head.headers);
     hop::strip(&mut head.headers, proposes);
+    if head.headers.contains_key(header::TRANSFER_ENCODING) {
+        // The body was read by its chunks, so the length is wrong (RFC 9112 §6.3).
+        head.headers.remove(header::CONTENT_LENGTH);
+    }
     if leaving {
         // Every request of this connection goes there: the client shall look for another.
         head.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));

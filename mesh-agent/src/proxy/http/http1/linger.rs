@@ -6,11 +6,19 @@
 
 use std::{os::fd::OwnedFd, time::Duration};
 
+use socket2::SockRef;
 use tokio::{io::AsyncReadExt as _, net::TcpStream};
 
 /// How long a client may go on sending. Those that read their answer close within a round trip.
 const PATIENCE: Duration = Duration::from_secs(2);
 const SCRATCH: usize = 16 << 10;
+
+/// Makes the close a reset.
+pub(super) fn reset(socket: &OwnedFd) {
+    if let Err(error) = SockRef::from(socket).set_linger(Some(Duration::ZERO)) {
+        tracing::debug!(%error, "cannot reset a client's connection; it is closed instead");
+    }
+}
 
 /// Ends our direction, waits for the client to end its own, and closes.
 pub(super) async fn close(socket: OwnedFd) {

@@ -9,7 +9,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use hyper::client::conn::http1::{self, SendRequest};
@@ -41,9 +41,16 @@ pub(super) struct Sender {
     written: Arc<AtomicU64>,
     /// Of these, how many the application had taken when it ended the connection in order; `None` where nobody will say.
     taken: Option<Arc<AtomicU64>>,
+    /// When a certificate that it was made with expires.
+    good_until: Option<SystemTime>,
 }
 
 impl Sender {
+    /// Whether the certificates are good that it was made with.
+    fn is_good(&self) -> bool {
+        self.good_until.is_none_or(|until| SystemTime::now() < until)
+    }
+
     /// Where the next request begins in what is written.
     pub(super) fn position(&self) -> u64 {
         self.written.load(Ordering::Relaxed)
@@ -92,7 +99,7 @@ impl Pool {
         let mut shard = self.shard(&slot.endpoint);
         let idle = shard.0.get_mut(&(slot.endpoint, slot.source.clone()))?;
         while let Some(Idle { sender, delivery, since }) = idle.pop() {
-            if sender.requests.is_ready() && delivery == slot.delivery && since.elapsed() < IDLE {
+            if sender.requests.is_ready() && delivery == slot.delivery && since.elapsed() < IDLE && sender.is_good() {
                 return Some(sender);
             }
         }
@@ -163,7 +170,7 @@ pub(super) fn give_back(proxy: &Arc<Proxy>, slot: Slot, mut sender: Sender) {
 /// # Errors
 /// The connection ended at once.
 pub(super) async fn handshake(wire: Wire) -> hyper::Result<Sender> {
-    let gone = wire.gone.clone();
+    let (gone, good_until) = (wire.gone.clone(), wire.good_until());
     let parting = Parting::new(wire);
     let (written, taken) = (parting.written(), parting.taken());
     let (requests, connection) =
@@ -178,7 +185,7 @@ pub(super) async fn handshake(wire: Wire) -> hyper::Result<Sender> {
             () = wire::gone(gone) => tracing::debug!("an upstream HTTP connection ended with its task"),
         }
     });
-    Ok(Sender { requests, written, taken })
+    Ok(Sender { requests, written, taken, good_until })
 }
 
 /// Makes a connection that was opened ahead an idle one.

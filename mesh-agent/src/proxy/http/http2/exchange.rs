@@ -41,6 +41,7 @@ use crate::{
         access::Access,
         metrics::{Outcome, Protocol},
     },
+    transport::inflow::Inflow,
 };
 
 /// A request that was answered: the answer's head, and what both bodies need.
@@ -95,7 +96,7 @@ pub(super) async fn answer(
     client.link(&mut access);
     match answered {
         Ok(answered) => relay(&client, answered, access, &mut respond).await,
-        Err(Failed::Refused(refusal)) => refuse(&mut respond, &mut access, refusal),
+        Err(Failed::Refused(refusal)) => refuse(&mut respond, &mut access, &head.method, refusal),
         Err(Failed::Reset(reason)) => {
             access.refusal = Some(Refusal::UpstreamReset);
             respond.send_reset(reason);
@@ -115,7 +116,7 @@ fn check(head: &request::Parts) -> Result<(), Refusal> {
     if named && hosts.next().is_none() { Ok(()) } else { Err(Refusal::BadRequest) }
 }
 
-fn refuse(respond: &mut SendResponse<Bytes>, access: &mut Access, refusal: Refusal) {
+fn refuse(respond: &mut SendResponse<Bytes>, access: &mut Access, method: &Method, refusal: Refusal) {
     access.refusal = Some(refusal);
     // A client that takes no answer has gone.
     let sent = if access.protocol == Protocol::Grpc {
@@ -126,7 +127,12 @@ fn refuse(respond: &mut SendResponse<Bytes>, access: &mut Access, refusal: Refus
     } else {
         let (head, text) = refusal::plain(refusal).into_parts();
         access.status = Some(head.status.as_u16());
-        respond.send_response(Response::from_parts(head, ()), false).and_then(|mut body| body.send_data(text, true))
+        let head = Response::from_parts(head, ());
+        if *method == Method::HEAD {
+            respond.send_response(head, true).map(drop)
+        } else {
+            respond.send_response(head, false).and_then(|mut body| body.send_data(text, true))
+        }
     };
     if let Err(error) = sent {
         tracing::debug!(%error, "a refusal was not taken");
@@ -147,7 +153,7 @@ async fn send(
     let bodiless = body.is_end_stream();
     let mut attempts = Attempts::default();
     let mut replay = Replay::default();
-    let mut pending = Pending::First(body);
+    let mut pending = Pending::First(Inflow::new(body));
     // What a server did not process says nothing bad about it once: it is going, or its limits were not known yet.
     let mut again = false;
     let mut refused = false;
@@ -261,7 +267,7 @@ async fn opened(
 
 /// What is to be sent as the body.
 enum Pending {
-    First(RecvStream),
+    First(Inflow),
     Again(Pipe, Replay),
 }
 
@@ -269,7 +275,7 @@ impl Pending {
     fn go(self, to: SendStream<Bytes>, bodiless: bool) -> Pipe {
         match self {
             Self::First(body) => Pipe::new(body, to, bodiless),
-            Self::Again(pipe, sent) => pipe.again(sent, to),
+            Self::Again(pipe, sent) => pipe.again(sent, to, bodiless),
         }
     }
 }
@@ -321,7 +327,7 @@ async fn relay(client: &Client, answered: Answered, mut access: Box<Access>, res
             return;
         }
     };
-    let mut download = Pipe::new(body, to, end);
+    let mut download = Pipe::new(Inflow::new(body), to, end);
     // Until the answer has ended.
     let mut open = Some((access, in_flight));
     match poll_fn(|cx| poll_bodies(cx, &mut upload, &mut download, &mut open)).await {

@@ -12,7 +12,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     task::Poll,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::Bytes;
@@ -100,6 +100,8 @@ struct Shared {
     requests: AtomicUsize,
     /// It takes no more requests.
     closed: Arc<AtomicBool>,
+    /// It takes no more afterwards: a certificate that it was made with has expired.
+    good_until: Option<SystemTime>,
     idle_since: Mutex<Instant>,
 }
 
@@ -166,7 +168,7 @@ impl Group {
 
 impl Shared {
     fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::Relaxed)
+        self.closed.load(Ordering::Relaxed) || self.good_until.is_some_and(|until| until <= SystemTime::now())
     }
 
     fn is_idle(&self) -> bool {
@@ -250,7 +252,7 @@ pub(super) async fn open(route: &Route, plan: Plan, at_hand: &AtHand, fresh: boo
 /// it takes, and that it speaks HTTP/2 at all. Nothing was sent yet that could be lost.
 async fn handshake(upstream: Upstream, within: Duration) -> Result<Arc<Shared>, (Refusal, InFlight)> {
     let Upstream { wire, plan, in_flight } = upstream;
-    let gone = wire.gone.clone();
+    let (gone, good_until) = (wire.gone.clone(), wire.good_until());
     let (sender, mut connection) = match settings().handshake::<_, Bytes>(Parting::new(wire)).await {
         Ok(begun) => begun,
         Err(error) => return Err((judge(&error), in_flight)),
@@ -274,6 +276,7 @@ async fn handshake(upstream: Upstream, within: Duration) -> Result<Arc<Shared>, 
         delivery: plan.delivery,
         requests: AtomicUsize::new(0),
         closed: closed.clone(),
+        good_until,
         idle_since: Mutex::new(Instant::now()),
     };
     tokio::spawn(async move {

@@ -1,20 +1,22 @@
 //! A body on its way from one stream to another, with its trailers.
 //!
 //! Memory is bounded by flow control: what was received is granted again when it is taken up to be written, and no more
-//! than one frame is taken up before the other side has room. Must not know which way it goes.
+//! than one piece is taken up before the other side has room. Must not know which way it goes.
 
 use std::task::{Context, Poll, ready};
 
 use bytes::{Bytes, BytesMut};
-use h2::{RecvStream, SendStream};
+use h2::SendStream;
 use http::HeaderMap;
+
+use crate::transport::inflow::Inflow;
 
 /// What a request may have sent before its answer and still be sent again.
 const REPLAYED: usize = 64 << 10;
 
 /// A direction of a stream.
 pub(super) struct Pipe {
-    from: RecvStream,
+    from: Inflow,
     to: SendStream<Bytes>,
     /// Received, not yet written.
     held: Bytes,
@@ -49,12 +51,12 @@ pub(super) enum Broken {
 
 impl Pipe {
     /// `done`: there is no body.
-    pub(super) fn new(from: RecvStream, to: SendStream<Bytes>, done: bool) -> Self {
+    pub(super) fn new(from: Inflow, to: SendStream<Bytes>, done: bool) -> Self {
         Self { from, to, held: Bytes::new(), source: if done { Source::Done } else { Source::Body } }
     }
 
-    /// The same from its beginning to another receiver.
-    pub(super) fn again(self, sent: Replay, to: SendStream<Bytes>) -> Self {
+    /// The same from its beginning to another receiver, which the head tells whether it is `bodiless`.
+    pub(super) fn again(self, sent: Replay, to: SendStream<Bytes>, bodiless: bool) -> Self {
         let Self { from, held, source, to: _ } = self;
         let held = match (sent.bytes, held.is_empty()) {
             (None, _) => held,
@@ -66,8 +68,8 @@ impl Pipe {
             }
         };
         let source = match source {
-            // Without a byte, the head has said that nothing follows.
-            Source::Done if !held.is_empty() => Source::Ended,
+            // Also without a byte the end has to be sent, unless the head says that nothing follows.
+            Source::Done if !bodiless => Source::Ended,
             Source::Body | Source::Trailers | Source::Ended | Source::Done => source,
         };
         Self { from, to, held, source }
@@ -90,7 +92,11 @@ impl Pipe {
     ) -> Poll<Result<(), Broken>> {
         loop {
             if !self.held.is_empty() {
-                let room = ready!(self.poll_room(cx))?;
+                let Poll::Ready(room) = self.poll_room(cx) else {
+                    self.from.gather(cx);
+                    return Poll::Pending;
+                };
+                let room = room?;
                 let chunk = self.held.split_to(room.min(self.held.len()));
                 passed(Passed::Data(&chunk));
                 let last = self.held.is_empty() && self.ends();
@@ -102,7 +108,7 @@ impl Pipe {
                     Some(Ok(data)) => {
                         // What a stream that has ended still owes is granted when it is dropped.
                         if !data.is_empty() && !self.from.is_end_stream() {
-                            self.from.flow_control().release_capacity(data.len()).map_err(Broken::From)?;
+                            self.from.grant(data.len()).map_err(Broken::From)?;
                         }
                         self.held = data;
                     }
