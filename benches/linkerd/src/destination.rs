@@ -44,10 +44,9 @@ fn endpoint(service: &Service) -> WeightedAddr {
     let name = || DnsLikeIdentity { name: service.identity.clone() };
     // Between proxies requests are HTTP/2 even when neither end speaks it; bytes go to the other proxy's own port.
     let hint = match service.opaque_by {
-        None => ProtocolHint {
-            protocol: Some(protocol_hint::Protocol::H2(protocol_hint::H2 {})),
-            opaque_transport: None,
-        },
+        None => {
+            ProtocolHint { protocol: Some(protocol_hint::Protocol::H2(protocol_hint::H2 {})), opaque_transport: None }
+        }
         Some(port) => ProtocolHint {
             protocol: Some(protocol_hint::Protocol::Opaque(protocol_hint::Opaque {})),
             opaque_transport: Some(OpaqueTransport { inbound_port: port.into() }),

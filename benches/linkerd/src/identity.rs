@@ -99,8 +99,7 @@ fn documents(world: &World) -> Result<String> {
     let mut random = [0; 16];
     aws_lc_rs::rand::fill(&mut random).ok().context("cannot draw random bytes for a token")?;
     let token = format!("{:032x}", u128::from_ne_bytes(random));
-    let documents: [(&str, &[u8]); 3] =
-        [(KEY, key.serialized_der()), (CSR, request.der()), (TOKEN, token.as_bytes())];
+    let documents: [(&str, &[u8]); 3] = [(KEY, key.serialized_der()), (CSR, request.der()), (TOKEN, token.as_bytes())];
     for (name, bytes) in documents {
         let path = world.document(name);
         fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))?;

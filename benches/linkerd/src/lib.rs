@@ -10,17 +10,26 @@
 #[cfg(feature = "serve")]
 mod destination;
 #[cfg(feature = "serve")]
+pub mod header;
+#[cfg(feature = "serve")]
 mod identity;
 #[cfg(feature = "serve")]
 mod inbound;
 #[cfg(feature = "serve")]
+mod knock;
+#[cfg(feature = "serve")]
 mod outbound;
 #[cfg(feature = "serve")]
 mod plane;
+#[cfg(test)]
+#[cfg(feature = "serve")]
+mod tests;
 pub mod world;
 
 #[cfg(feature = "serve")]
 pub use identity::{CSR, KEY, TOKEN};
+#[cfg(feature = "serve")]
+pub use knock::Knock;
 #[cfg(feature = "serve")]
 pub use plane::Plane;
 pub use world::World;

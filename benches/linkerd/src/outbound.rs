@@ -66,9 +66,8 @@ fn opaque_route(service: &Service) -> OpaqueRoute {
 }
 
 fn backend(service: &Service) -> Backend {
-    let discovery = EndpointDiscovery {
-        kind: Some(endpoint_discovery::Kind::Dst(DestinationGet { path: service.authority() })),
-    };
+    let discovery =
+        EndpointDiscovery { kind: Some(endpoint_discovery::Kind::Dst(DestinationGet { path: service.authority() })) };
     let load = PeakEwma { default_rtt: DEFAULT_RTT.try_into().ok(), decay: DECAY.try_into().ok() };
     Backend {
         metadata: Some(named(&service.name)),

@@ -74,23 +74,19 @@ impl Plane {
         }
     }
 
-    async fn answer(
-        self,
-        request: http::Request<Incoming>,
-    ) -> Result<http::Response<tonic::body::Body>, Infallible> {
+    async fn answer(self, request: http::Request<Incoming>) -> Result<http::Response<tonic::body::Body>, Infallible> {
         match request.uri().path().split('/').nth(1).unwrap_or_default() {
             identity_server::SERVICE_NAME => IdentityServer::new(self).call(request).await,
             destination_server::SERVICE_NAME => DestinationServer::new(self).call(request).await,
             outbound_policies_server::SERVICE_NAME => OutboundPoliciesServer::new(self).call(request).await,
-            inbound_server_policies_server::SERVICE_NAME => {
-                InboundServerPoliciesServer::new(self).call(request).await
-            }
+            inbound_server_policies_server::SERVICE_NAME => InboundServerPoliciesServer::new(self).call(request).await,
             other => Ok(Status::unimplemented(format!("there is no service {other:?} here")).into_http()),
         }
     }
 
     fn inbound_policy(&self, port: u32) -> Result<Server, Status> {
-        let port = u16::try_from(port).map_err(|fault| Status::invalid_argument(format!("{port} is no port: {fault}")))?;
+        let port =
+            u16::try_from(port).map_err(|fault| Status::invalid_argument(format!("{port} is no port: {fault}")))?;
         let known = self.0.world.inbound.iter().find(|each| each.port == port);
         // The proxy asks for its own ports too.
         Ok(inbound::server(known.copied().unwrap_or(Port { port, opaque: false })))

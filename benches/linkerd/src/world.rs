@@ -1,9 +1,6 @@
 //! What one proxy is told: a file for it, written by who starts both. It must not know how it is told.
 
-use std::{
-    net::SocketAddr,
-    path::PathBuf,
-};
+use std::{net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
