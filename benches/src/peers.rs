@@ -134,7 +134,8 @@ struct Control {
     /// `{}` stands for the file.
     argv: Vec<String>,
     listens: SocketAddr,
-    /// Where the proxy itself then says whether it is ready.
+    /// The proxy that asks, and where it then says whether it is ready.
+    program: String,
     ready: SocketAddr,
 }
 
@@ -278,7 +279,9 @@ impl Peer {
             let mut answering = spawn(&format!("{name}-control"), &control.argv)?;
             await_control(topology, seat, &mut answering, control.listens)?;
             let mut proxy = Proxy { process: spawn(&name, &launch.argv)?, control: Some(answering) };
-            proxy.await_ready(topology, seat, control.ready).with_context(|| name)?;
+            proxy
+                .await_ready(topology, seat, control.ready)
+                .with_context(|| format!("{name}: `{}`", control.program))?;
             Ok(proxy)
         };
         let (called, caller) = (start(Side::Called)?, start(Side::Caller)?);
@@ -305,7 +308,8 @@ impl Proxy {
                 return Ok(());
             }
             if !self.process.is_alive() {
-                break "it has ended".to_owned();
+                let status = self.process.wait(Duration::from_secs(1))?;
+                break format!("it has ended with {status}");
             }
             if since.elapsed() > LIMIT {
                 break format!("{url} says {:?} after {} s", said.stderr.trim(), LIMIT.as_secs());
@@ -313,19 +317,20 @@ impl Proxy {
             // It tells nobody when it is.
             thread::sleep(Duration::from_millis(50));
         };
-        Err(self.does_not_start(&fault))
-    }
-
-    fn does_not_start(&self, fault: &str) -> Error {
         let control = self.control.as_ref().map(Process::last_words).unwrap_or_default();
-        anyhow!(
-            "cannot start its proxy: {fault}; most likely the program is another one, or a version that wants other \
-             settings than those of docs/performance.md: see its log, and name one that was built for this machine\n\
-             its log ({}):\n{}\nwhat it asked:\n{control}",
-            self.process.log().display(),
-            self.process.last_words(),
-        )
+        Err(does_not_start(&fault, &self.process.last_words(), &control))
     }
+}
+
+fn does_not_start(fault: &str, log: &str, control: &str) -> Error {
+    let told = |log: &str| if log.trim().is_empty() { "(nothing)".to_owned() } else { log.to_owned() };
+    anyhow!(
+        "the proxy does not get ready: {fault}. Most likely the program is another one, or a version that wants other \
+         settings; name one of those that docs/performance.md says, built for this machine.\nIts log ends with:\n{}\n\
+         That of what answers it:\n{}",
+        told(log),
+        told(control),
+    )
 }
 
 impl Running {
@@ -402,4 +407,29 @@ fn redirect(chain: &str, matching: &str, ports: Option<RangeInclusive<u16>>, to:
 
 fn words(line: &str) -> Vec<String> {
     line.split_whitespace().map(str::to_owned).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_proxy_that_does_not_start_is_shown_with_what_it_said() {
+        let said = does_not_start("it has ended with exit status: 64", "LINKERD2_PROXY_X must be set.", "").to_string();
+        for part in ["exit status: 64", "LINKERD2_PROXY_X must be set.", "docs/performance.md", "(nothing)"] {
+            assert!(said.contains(part), "{said}");
+        }
+    }
+
+    #[test]
+    fn who_has_no_program_is_told_how_to_name_it_and_who_named_one_wants_it() {
+        let linkerd = Linkerd { proxy: "proxy".into(), control: "control".into() };
+        let named = Programs { linkerd: Some(linkerd), ..Programs::default() };
+        for peer in [linkerd::L7, linkerd::L4] {
+            assert!(peer.lacks(&Programs::default()).is_some_and(|lack| lack.contains("--linkerd")));
+            assert!(!peer.is_named(&Programs::default()));
+            assert!(peer.lacks(&named).is_none() && peer.is_named(&named));
+        }
+        assert!(!nginx::L7.is_named(&named));
+    }
 }

@@ -54,6 +54,7 @@ fn launch(half: &Half<'_>, programs: &Programs) -> Launch {
         control: Some(Control {
             argv: [&control, "serve", "{}"].map(str::to_owned).to_vec(),
             listens: local(CONTROL),
+            program: proxy,
             ready: local(ADMIN),
         }),
     }
