@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use clap::Parser as _;
 use mesh_benches::{
     agents::Agents,
@@ -21,7 +21,7 @@ use mesh_benches::{
     goals::{self, Memory, Verdict},
     interrupt,
     load::Work,
-    peers::{self, Layer, Peer, Programs, Running},
+    peers::{self, Layer, Linkerd, Peer, Programs, Running},
     proof::{self, Proof},
     report::Report,
     rounds::{self, Metric, Table},
@@ -30,8 +30,6 @@ use mesh_benches::{
     usage,
 };
 
-/// Why it is no peer.
-const LINKERD: &str = "linkerd2-proxy does not start without Linkerd's identity, destination and policy services";
 /// Tasks of the host whose idle agent is weighed.
 const CROWD: usize = 50;
 /// An agent is idle when its memory has stayed the same for so long.
@@ -64,7 +62,7 @@ struct Args {
     /// A ztunnel that was built with the feature `testing`, to be measured too
     #[arg(long, value_name = "PROGRAM")]
     ztunnel: Option<PathBuf>,
-    /// linkerd2-proxy, which cannot be measured here: says why
+    /// linkerd2-proxy of Linkerd 2.13 or later, to be measured too
     #[arg(long, value_name = "PROGRAM")]
     linkerd: Option<PathBuf>,
     /// Cargo says so to every benchmark
@@ -97,7 +95,7 @@ fn run(args: &Args) -> Result<Vec<String>> {
     let agent =
         env::var_os("MESH_AGENT").context("MESH_AGENT names no agent; start this with `cargo xtask bench peers`")?;
     let agent = PathBuf::from(agent);
-    let programs = Programs { envoy: env::var_os("MESH_ENVOY").map(PathBuf::from), ztunnel: ztunnel(args)? };
+    let programs = programs(args)?;
     let (rounds, seconds) = if args.quick { (1, 1) } else { (3, 3) };
     let (rounds, seconds) = (args.rounds.unwrap_or(rounds).max(1), args.seconds.unwrap_or(seconds).max(1));
 
@@ -108,7 +106,7 @@ fn run(args: &Args) -> Result<Vec<String>> {
     let stranger = Authority::make(topology.cluster.dir(), "stranger")?;
     let agents = Agents::start(&topology, &agent)?;
     let mut faults = Vec::new();
-    let mut skipped = vec![format!("linkerd2-proxy: {LINKERD}; see the figures from elsewhere")];
+    let mut skipped = Vec::new();
     let mut running = Vec::new();
     for (index, peer) in (0..).zip(chosen) {
         if let Some(lack) = peer.lacks(&programs) {
@@ -117,6 +115,9 @@ fn run(args: &Args) -> Result<Vec<String>> {
         }
         match peer.start(&topology, &programs, index, &trusted, &trusted) {
             Ok(pair) => running.push(pair),
+            Err(error) if peer.is_named(&programs) => {
+                return Err(error.context(format!("{} was to be measured and does not run", peer.name)));
+            }
             Err(error) => faults.push(format!("{} does not run: {error:#}", peer.name)),
         }
     }
@@ -124,9 +125,13 @@ fn run(args: &Args) -> Result<Vec<String>> {
         println!("SKIPPED {skipped}");
     }
 
-    let subjects = subject::all(&topology, &agents, &running)?;
+    let mut subjects = subject::all(&topology, &agents, &running)?;
     println!("Checking that each encrypts and verifies …");
     let proofs = prove(&topology, &programs, &subjects, &running, (&trusted, &stranger), &mut faults);
+    // A peer that proves nothing gets no figures; ours and no mesh at all are what the others are held against.
+    subjects.retain(|subject| {
+        !matches!(subject.kind, Kind::Peer(_)) || proofs.iter().any(|each| each.subject == subject.name)
+    });
     let pids = agents.pids()?;
     println!("FIGURE memory.pair_start_peak {:.1} MB", usage::high_water(&pids) as f64 / 1e6);
     usage::forget_high_water(&pids)?;
@@ -169,20 +174,29 @@ fn run(args: &Args) -> Result<Vec<String>> {
     Ok(faults)
 }
 
+/// Those that were named, and those that `xtask` has fetched or built.
+fn programs(args: &Args) -> Result<Programs> {
+    let from = |variable: &str| env::var_os(variable).map(PathBuf::from);
+    let ztunnel = args.ztunnel.as_deref().map(|named| program("--ztunnel", named)).transpose()?;
+    let linkerd = args.linkerd.as_deref().map(|named| {
+        let control = from("MESH_LINKERD_CONTROL").context(
+            "MESH_LINKERD_CONTROL names nothing that answers linkerd2-proxy; start this with `cargo xtask bench peers`",
+        )?;
+        anyhow::Ok(Linkerd { proxy: program("--linkerd", named)?, control })
+    });
+    Ok(Programs { envoy: from("MESH_ENVOY"), ztunnel, linkerd: linkerd.transpose()? })
+}
+
 /// The program that was named, if it is one.
-fn ztunnel(args: &Args) -> Result<Option<PathBuf>> {
-    let Some(named) = &args.ztunnel else { return Ok(None) };
-    let program = named.canonicalize().with_context(|| format!("--ztunnel: there is no {}", named.display()))?;
+fn program(option: &str, named: &Path) -> Result<PathBuf> {
+    let program = named.canonicalize().with_context(|| format!("{option}: there is no {}", named.display()))?;
     let mode =
         program.metadata().with_context(|| format!("cannot look at {}", program.display()))?.permissions().mode();
-    ensure!(program.is_file() && mode & 0o111 != 0, "--ztunnel: {} is no program", program.display());
-    Ok(Some(program))
+    ensure!(program.is_file() && mode & 0o111 != 0, "{option}: {} is no program", program.display());
+    Ok(program)
 }
 
 fn choose(args: &Args) -> Result<Vec<Peer>> {
-    if let Some(program) = &args.linkerd {
-        bail!("{} cannot be measured: {LINKERD}", program.display());
-    }
     let known: Vec<&str> = peers::ALL.iter().map(|peer| peer.name).collect();
     for name in args.only.iter().filter(|name| *name != "none") {
         ensure!(known.contains(&name.as_str()), "no peer is called {name}; there are: {}", known.join(" "));
@@ -200,7 +214,7 @@ fn works(args: &Args) -> Result<Vec<Work>> {
     Ok(Work::ALL.into_iter().filter(wanted).collect())
 }
 
-/// Every proof; one that fails is a fault, and its subject's figures are not to be believed.
+/// Every proof; one that fails is a fault, and its subject's figures are not to be believed: it has proved nothing.
 fn prove(
     topology: &Topology,
     programs: &Programs,
@@ -217,6 +231,7 @@ fn prove(
             continue; // on one host nothing is on a wire
         }
         let mut facts = Vec::new();
+        let before = faults.len();
         let mut shown = |fact: Result<Vec<String>>| match fact {
             Ok(more) => facts.extend(more),
             Err(error) => faults.push(format!("{} proves nothing: {error:#}", subject.name)),
@@ -228,6 +243,9 @@ fn prove(
             shown(proof::agents(topology, stranger));
         }
         println!("{:<18} {}", subject.name, facts.join("; "));
+        if faults.len() > before {
+            continue;
+        }
         proofs.push(Proof { subject: subject.name.to_owned(), facts });
     }
     proofs

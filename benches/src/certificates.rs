@@ -13,14 +13,16 @@ use rcgen::{
     KeyUsagePurpose,
 };
 
-/// The name in the certificate of the side that is called.
+/// The names in the certificates of the side that is called, and of the one that calls.
 pub const CALLED: &str = "called.bench.mesh";
-const CALLER: &str = "caller.bench.mesh";
+pub const CALLER: &str = "caller.bench.mesh";
 
 /// A CA and what it has issued, as files.
 #[derive(Clone, Debug)]
 pub struct Authority {
     pub root: PathBuf,
+    /// Its own certificate and key, for proxies that get their certificates from an issuer.
+    pub issuer: Leaf,
     pub caller: Leaf,
     pub called: Leaf,
 }
@@ -48,13 +50,28 @@ impl Authority {
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let root = params.self_signed(&key).context("cannot sign the CA certificate")?;
-        let root_path = dir.join("ca.pem");
-        fs::write(&root_path, root.pem()).with_context(|| format!("cannot write {}", root_path.display()))?;
+        let own = Leaf::write(&dir, "ca", &root.pem(), &key.serialize_pem())?;
         let issuer = Issuer::new(params, key);
         Ok(Self {
-            root: root_path,
+            root: own.certificate.clone(),
+            issuer: own,
             caller: leaf(&dir, &issuer, CALLER, ExtendedKeyUsagePurpose::ClientAuth)?,
             called: leaf(&dir, &issuer, CALLED, ExtendedKeyUsagePurpose::ServerAuth)?,
+        })
+    }
+}
+
+impl Leaf {
+    fn write(dir: &Path, name: &str, certificate: &str, key: &str) -> Result<Self> {
+        let write = |ending: &str, text: &str| -> Result<PathBuf> {
+            let path = dir.join(format!("{name}.{ending}"));
+            fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+            Ok(path)
+        };
+        Ok(Self {
+            both: write("both.pem", &format!("{certificate}{key}"))?,
+            certificate: write("crt.pem", certificate)?,
+            key: write("key.pem", key)?,
         })
     }
 }
@@ -67,17 +84,7 @@ fn leaf(dir: &Path, issuer: &Issuer<'_, KeyPair>, name: &str, usage: ExtendedKey
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.extended_key_usages = vec![usage];
     let certificate = params.signed_by(&key, issuer).context("cannot sign a certificate")?;
-    let (certificate, key) = (certificate.pem(), key.serialize_pem());
-    let write = |ending: &str, text: &str| -> Result<PathBuf> {
-        let path = dir.join(format!("{name}.{ending}"));
-        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(path)
-    };
-    Ok(Leaf {
-        both: write("both.pem", &format!("{certificate}{key}"))?,
-        certificate: write("crt.pem", &certificate)?,
-        key: write("key.pem", &key)?,
-    })
+    Leaf::write(dir, name, &certificate.pem(), &key.serialize_pem())
 }
 
 fn named(name: &str) -> DistinguishedName {

@@ -3,12 +3,14 @@
 //! Each proof has its counter-proof: the wire without a mesh does show the texts, and the right certificate is let
 //! in. It must not measure.
 
+use std::path::Path;
+
 use anyhow::{Context as _, Result, bail, ensure};
 use mesh_lab::{Output, StreamKind};
 
 use crate::{
     agents::TUNNELS,
-    certificates::{Authority, CALLED},
+    certificates::{Authority, CALLED, Leaf},
     peers::{Peer, Programs, Running},
     subject::Subject,
     topology::{MARKER_ANSWER, MARKER_QUESTION, Pair, Seat, Topology},
@@ -76,7 +78,10 @@ pub fn certificates(
         refuses(topology, &topology.plain, running.tls(), stranger).with_context(|| name.to_owned())?;
         return Ok(vec!["the called side ends the handshake of a foreign client certificate, and of none".to_owned()]);
     }
-    let ask = |leaf: Option<&crate::certificates::Leaf>| knock(topology, running.tls(), leaf, &trusted.root);
+    let ask = |leaf: Option<&Leaf>| match running.peer.knocker(programs) {
+        None => knock(topology, running.tls(), leaf, &trusted.root),
+        Some(knocker) => knock_by(topology, &knocker, running, leaf, &trusted.root),
+    };
     let right = ask(Some(&trusted.caller))?;
     ensure!(right.stdout == MARKER_ANSWER, "{name}: the right certificate is refused: {right:?}");
     for (who, leaf) in [("a certificate of another CA", Some(&stranger.caller)), ("no certificate", None)] {
@@ -84,7 +89,8 @@ pub fn certificates(
         ensure!(!answer.stdout.contains(MARKER_ANSWER), "{name} lets in {who}: {answer:?}");
     }
     // The same product called, with a certificate that its caller must not accept.
-    let impostor = Authority { root: trusted.root.clone(), called: stranger.called.clone(), ..trusted.clone() };
+    let Authority { called, issuer, .. } = stranger.clone();
+    let impostor = Authority { called, issuer, ..trusted.clone() };
     let peer: Peer = running.peer;
     let pair = peer.start(topology, programs, index, trusted, &impostor)?;
     let url = format!("http://{}/marker", pair.target().http);
@@ -129,12 +135,7 @@ fn refuses(topology: &Topology, pair: &Pair, port: u16, stranger: &Authority) ->
 }
 
 /// Asks the called side over TLS from the client's place, as the other proxy would.
-fn knock(
-    topology: &Topology,
-    port: u16,
-    leaf: Option<&crate::certificates::Leaf>,
-    root: &std::path::Path,
-) -> Result<Output> {
+fn knock(topology: &Topology, port: u16, leaf: Option<&Leaf>, root: &Path) -> Result<Output> {
     let far = topology.plain.address(Seat::Far);
     let (resolve, url) = (format!("{CALLED}:{port}:{far}"), format!("https://{CALLED}:{port}/marker"));
     let root = root.to_str().context("temporary paths are UTF-8")?;
@@ -142,6 +143,24 @@ fn knock(
     let files = leaf.map(|leaf| (leaf.certificate.to_string_lossy(), leaf.key.to_string_lossy()));
     if let Some((certificate, key)) = &files {
         argv.extend(["--cert", certificate, "--key", key]);
+    }
+    topology.plain.run_beside(&topology.cluster, Seat::Client, &argv)
+}
+
+/// The same of a port that wants to be told first whom the bytes are for.
+fn knock_by(
+    topology: &Topology,
+    knocker: &Path,
+    running: &Running,
+    leaf: Option<&Leaf>,
+    root: &Path,
+) -> Result<Output> {
+    let at = format!("{}:{}", topology.plain.address(Seat::Far), running.tls());
+    let (knocker, root, lane) = (knocker.to_string_lossy(), root.to_string_lossy(), running.lane().to_string());
+    let mut argv = vec![&*knocker, "knock", &at, CALLED, &root, &lane];
+    let files = leaf.map(|leaf| (leaf.certificate.to_string_lossy(), leaf.key.to_string_lossy()));
+    if let Some((certificate, key)) = &files {
+        argv.extend([&**certificate, &**key]);
     }
     topology.plain.run_beside(&topology.cluster, Seat::Client, &argv)
 }

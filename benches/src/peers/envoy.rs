@@ -27,6 +27,7 @@ fn launch(half: &Half<'_>, programs: &Programs) -> Launch {
         text: configuration.to_string(),
         argv: argv.map(str::to_owned).to_vec(),
         before: Vec::new(),
+        control: None,
     }
 }
 

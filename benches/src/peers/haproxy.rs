@@ -46,5 +46,5 @@ defaults
         .ok();
     }
     let argv = ["haproxy", "-db", "-f", "{}"];
-    Launch { file: "haproxy.cfg", text, argv: argv.map(str::to_owned).to_vec(), before: Vec::new() }
+    Launch { file: "haproxy.cfg", text, argv: argv.map(str::to_owned).to_vec(), before: Vec::new(), control: None }
 }

@@ -72,7 +72,7 @@ events {{ worker_connections 8192; }}
 {body}"
     );
     let argv = ["nginx", "-e", "stderr", "-c", "{}"];
-    Launch { file: "nginx.conf", text, argv: argv.map(str::to_owned).to_vec(), before: Vec::new() }
+    Launch { file: "nginx.conf", text, argv: argv.map(str::to_owned).to_vec(), before: Vec::new(), control: None }
 }
 
 fn listen(half: &Half<'_>, lane: &Lane) -> String {

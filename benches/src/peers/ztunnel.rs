@@ -5,12 +5,9 @@
 //! workloads by a file in place of istiod, and makes its certificates itself, which it does only when it was built with
 //! the feature `testing`. It must not know where it runs.
 
-use std::{
-    fmt::Write as _,
-    net::{Ipv4Addr, SocketAddr},
-};
+use std::{fmt::Write as _, net::Ipv4Addr};
 
-use super::{Half, Launch, Layer, Peer, Programs, Side};
+use super::{Half, Launch, Layer, Peer, Programs, Side, redirected};
 use crate::usage;
 
 pub(super) const L4: Peer = Peer { name: "ztunnel", layer: Layer::L4, launch };
@@ -48,35 +45,10 @@ fn launch(half: &Half<'_>, programs: &Programs) -> Launch {
     let program = programs.ztunnel.as_ref().map_or_else(|| "ztunnel".to_owned(), |path| path.display().to_string());
     let argv = std::iter::once("env".to_owned()).chain(environment).chain([program]).collect();
     let before = match half.side {
-        Side::Caller => redirection(),
+        Side::Caller => redirected(VIRTUAL, None, OUTBOUND),
         Side::Called => Vec::new(),
     };
-    Launch { file: "ztunnel.yaml", text: workloads(half), argv, before }
-}
-
-/// The virtual address exists only to be redirected.
-fn redirection() -> Vec<Vec<String>> {
-    let (route, address, port) = (format!("{VIRTUAL}/32"), VIRTUAL.to_string(), OUTBOUND.to_string());
-    let commands: [&[&str]; 2] = [
-        &["ip", "route", "replace", &route, "dev", "eth0"],
-        &[
-            "iptables",
-            "-w",
-            "-t",
-            "nat",
-            "-A",
-            "OUTPUT",
-            "-p",
-            "tcp",
-            "-d",
-            &address,
-            "-j",
-            "REDIRECT",
-            "--to-ports",
-            &port,
-        ],
-    ];
-    commands.map(|command| command.iter().map(|word| (*word).to_owned()).collect()).to_vec()
+    Launch { file: "ztunnel.yaml", text: workloads(half), argv, before, control: None }
 }
 
 /// What istiod would tell: who is where, and which service the virtual address is. Both ends get the same.
@@ -125,14 +97,9 @@ fn ports(half: &Half<'_>, indent: &str) -> String {
     })
 }
 
-/// Where a client finds what the caller's port of this number leads to.
-pub(super) fn entrance(port: u16) -> SocketAddr {
-    SocketAddr::from((VIRTUAL, port))
-}
-
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
+    use std::{net::SocketAddr, path::Path};
 
     use super::*;
     use crate::{
@@ -152,7 +119,9 @@ mod tests {
             side,
             lanes: vec![lane(21_060, 8080), lane(21_061, 8082)],
             own: &own,
+            issuer: &own,
             root: Path::new("root"),
+            first_port: 21_060,
             ends: Ends { caller: Ipv4Addr::new(10, 0, 0, 1), called: Ipv4Addr::new(10, 0, 0, 2) },
             dir: Path::new("dir"),
         };

