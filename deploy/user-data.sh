@@ -24,6 +24,10 @@ MESH_JOIN_TOKEN="${MESH_JOIN_TOKEN:-}"
 MESH_CLUSTER="${MESH_CLUSTER:-}"
 # Optional: services.toml, the same for all hosts.
 MESH_SERVICES_S3_URI="${MESH_SERVICES_S3_URI:-}"
+# Optional: more of agent.toml, such as '[discovery.ecs]'; every section but [host], [identity] and [services], which
+# this script writes. Either the text, in single quotes, or an S3 object, the same for all hosts.
+MESH_AGENT_CONFIG="${MESH_AGENT_CONFIG:-}"
+MESH_AGENT_CONFIG_S3_URI="${MESH_AGENT_CONFIG_S3_URI:-}"
 # --------------------------------------------------------------------------------------------------------------------
 
 # Outbound, tunnel, metrics, DNS: the ports of agent.toml.
@@ -44,15 +48,19 @@ need() {
     done
 }
 
-# Puts standard input into a file with a mode, whole or not at all; notes whether that changed anything. Not for the
-# end of a pipe: there the note would be lost.
+# Puts standard input into a file with a mode, whole or not at all; notes whether that changed anything. What follows
+# the mode is a command that judges the new file before it replaces the old one. Not for the end of a pipe: there the
+# note would be lost.
 put() {
-    local path=$1 mode=$2 draft
+    local path=$1 mode=$2 check=("${@:3}") draft
     draft=$(mktemp "$path.XXXXXX")
     # shellcheck disable=SC2064 # the draft's name is wanted as it is now
     trap "rm -f '$draft'" EXIT
     cat >"$draft"
     [[ -s $draft ]] || die "nothing to put into $path"
+    if ((${#check[@]})) && ! "${check[@]}" "$draft"; then
+        die "$path is not written, and stays as it was: correct the settings that it is made of"
+    fi
     chmod "$mode" "$draft"
     if [[ -f $path ]] && cmp -s "$draft" "$path" && [[ $(stat -c %a "$path") == "${mode#0}" ]]; then
         rm "$draft"
@@ -100,6 +108,8 @@ reserve() {
 
 main() {
     need MESH_BINARY_S3_URI MESH_BINARY_SHA256 MESH_TRUST_DOMAIN MESH_CA_BUNDLE MESH_JOIN_TOKEN
+    [[ -z $MESH_AGENT_CONFIG || -z $MESH_AGENT_CONFIG_S3_URI ]] ||
+        die "MESH_AGENT_CONFIG and MESH_AGENT_CONFIG_S3_URI are both set: put all of it into one of them"
     command -v aws >/dev/null || dnf install -y awscli-2
     install -d -m 0750 "$CONFIG"
     install -d -m 0755 /etc/ecs /etc/sysctl.d /etc/systemd/system /usr/local/bin
@@ -140,20 +150,22 @@ install_binary() {
 
 write_configuration() {
     local zone=$1 cluster=${MESH_CLUSTER:-$(ecs_setting ECS_CLUSTER)} bundle token services host=$'[host]\n'
+    local more=$MESH_AGENT_CONFIG
     # Into variables first: a secret that cannot be read must not leave an empty file.
     bundle=$(secret "$MESH_CA_BUNDLE")
     token=$(secret "$MESH_JOIN_TOKEN")
-    put "$CONFIG/ca-bundle.pem" 0600 <<<"$bundle"
-    put "$CONFIG/join-token" 0600 <<<"$token"
     if [[ -n $MESH_SERVICES_S3_URI ]]; then
         services=$(aws s3 cp --only-show-errors "$MESH_SERVICES_S3_URI" -)
-        put "$CONFIG/services.toml" 0644 <<<"$services"
     fi
+    if [[ -n $MESH_AGENT_CONFIG_S3_URI ]]; then
+        more=$(aws s3 cp --only-show-errors "$MESH_AGENT_CONFIG_S3_URI" -)
+    fi
+    [[ -z $more ]] || more=$'\n'$more
     # What is not known is left out: the agent finds it out itself.
     [[ -z $cluster ]] || host+="cluster = \"$cluster\""$'\n'
     [[ -z $zone ]] || host+="zone = \"$zone\""$'\n'
-    put "$CONFIG/agent.toml" 0644 <<AGENT
-# Written by the instance's user data.
+    put "$CONFIG/agent.toml" 0644 /usr/local/bin/mesh-agent config check <<AGENT
+# Written by the instance's user data: what is changed here is lost when that runs again. See MESH_AGENT_CONFIG there.
 $host
 [identity]
 trust_domain = "$MESH_TRUST_DOMAIN"
@@ -162,8 +174,13 @@ join_token_file = "$CONFIG/join-token"
 
 [services]
 file = "$CONFIG/services.toml"
+$more
 AGENT
-    /usr/local/bin/mesh-agent config check "$CONFIG/agent.toml"
+    put "$CONFIG/ca-bundle.pem" 0600 <<<"$bundle"
+    put "$CONFIG/join-token" 0600 <<<"$token"
+    if [[ -n $MESH_SERVICES_S3_URI ]]; then
+        put "$CONFIG/services.toml" 0644 <<<"$services"
+    fi
     put /etc/systemd/system/ecs-mesh.service 0644 <<'UNIT'
 # mesh-agent on an ECS container instance (Amazon Linux 2023 ECS AMI, or any systemd host with Docker).
 # Install to /etc/systemd/system; deploy/user-data.sh does it.

@@ -15,6 +15,7 @@ use crate::{
     id::{ClusterName, ServiceName, SpiffeId, TrustDomain},
     merge::{self, ENABLED_LABEL, Merged, SERVICE_LABEL, Sources},
     model::{Endpoint, OnAgentDeath, Protocol, Snapshot, TlsMode},
+    owners::Owners,
     policy::{Effect, Policy, Rule},
     readiness::{Gate, Incarnation},
     services::{EndpointEntry, PortEntry, ServiceEntry, ServiceSet},
@@ -214,15 +215,24 @@ fn service_set() -> impl Strategy<Value = ServiceSet> {
     });
     let tls = prop::option::of(prop::sample::select(vec![TlsMode::Strict, TlsMode::Permissive]));
     let death = prop::option::of(prop::sample::select(vec![OnAgentDeath::Open, OnAgentDeath::Closed]));
-    let service = (ports, prop::collection::vec(endpoint_entry(), 0..5), tls, death);
+    let service = (ports, prop::collection::vec(endpoint_entry(), 0..5), tls, death, owners());
     let services = prop::collection::btree_map(service_name(), service, 0..4);
     (services, prop::option::of(policy())).prop_map(|(services, policy)| {
-        let entry = |(name, (ports, endpoints, tls, on_agent_death)): (ServiceName, _)| {
+        let entry = |(name, (ports, endpoints, tls, on_agent_death, owners)): (ServiceName, _)| {
             let families = if name.as_str() == "world" { vec!["world-v1".into()] } else { Vec::new() };
-            ServiceEntry { name, ports, endpoints, tls, on_agent_death, families, alone: false }
+            ServiceEntry { name, ports, endpoints, tls, on_agent_death, families, alone: false, owners }
         };
         ServiceSet { policy: policy.map(Arc::new), ..ServiceSet::of(services.into_iter().map(entry)) }
     })
+}
+
+/// Mostly none; otherwise one or two services with one or two names each, or the one that bears the name.
+fn owners() -> impl Strategy<Value = Option<Arc<Owners>>> {
+    let one = prop::collection::vec(service_name(), 0..3);
+    prop_oneof![
+        2 => Just(None),
+        1 => prop::collection::vec(one, 1..3).prop_map(Owners::of),
+    ]
 }
 
 fn protocol() -> impl Strategy<Value = Protocol> {

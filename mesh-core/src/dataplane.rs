@@ -78,7 +78,7 @@ pub fn around(from: &Snapshot, to: &Snapshot) -> (Image, Image) {
     });
     services.flatten().for_each(|service| targets_around(service, [from, to], &mut targets));
     if from.workloads != to.workloads {
-        let guarded = to.services.values().filter(|service| !to.policy.admits_everybody(&service.name));
+        let guarded = to.services.values().filter(|service| !service.admits_everybody(&to.policy));
         guarded.for_each(|service| targets_around(service, [from, to], &mut targets));
     }
     let part = |snapshot: &Snapshot| {
@@ -199,12 +199,12 @@ impl Image {
         if service.on_agent_death == OnAgentDeath::Open {
             flags |= service::FAIL_OPEN;
         }
-        if !snapshot.policy.admits_everybody(&service.name) {
+        if !service.admits_everybody(&snapshot.policy) {
             flags |= service::GRANTED_ONLY;
             let fails_open = flags & service::FAIL_OPEN != 0 && value.total > value.local;
             if fails_open || port.protocol == Protocol::Tcp && value.local > 0 {
                 let allowed = |workload: &&Arc<Workload>| {
-                    snapshot.policy.decide(&workload.identity, &service.name).effect == Effect::Allow
+                    service.verdict(&snapshot.policy, &workload.identity).effect == Effect::Allow
                 };
                 let granted = snapshot.workloads.values().filter(allowed);
                 let key = |workload: &Arc<Workload>| GrantKey { workload: workload.number, service: value.id };

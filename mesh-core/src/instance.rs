@@ -12,6 +12,7 @@ use std::{
 use crate::{
     addr::canonical,
     id::{ServiceName, SpiffeId},
+    owners::Owners,
     services::{Attributes, EndpointEntry, ServiceEntry},
 };
 
@@ -53,7 +54,7 @@ pub struct Contribution {
 
 impl Contribution {
     /// A service of which nothing is said but where it is.
-    pub(crate) fn of(name: ServiceName, endpoints: Vec<EndpointEntry>, own: bool) -> Self {
+    pub(crate) fn of(name: ServiceName, endpoints: Vec<EndpointEntry>, own: bool, owners: Option<Arc<Owners>>) -> Self {
         let entry = ServiceEntry {
             name,
             ports: Vec::new(),
@@ -62,6 +63,7 @@ impl Contribution {
             on_agent_death: None,
             families: Vec::new(),
             alone: false,
+            owners,
         };
         Self { entry: Arc::new(entry), own }
     }
@@ -113,6 +115,27 @@ pub(crate) fn ports(own: u16, says: &BTreeMap<String, String>) -> Vec<(Option<u1
 /// The service in the mesh that it says it belongs to.
 pub(crate) fn service(says: &BTreeMap<String, String>) -> Option<ServiceName> {
     says.get(meta::SERVICE).and_then(|service| service.parse().ok())
+}
+
+/// The owners of what a registry knows under a name, by the service that each of its instances says that it belongs to.
+/// `names` are those from which that name is made, nearest first; instances that say nothing are of the nearest. What one
+/// says that no tunnel proves counts only besides: nobody opens a service by saying that it is another one.
+pub(crate) fn owners<'a>(
+    registered: &ServiceName,
+    names: &[ServiceName],
+    instances: impl Iterator<Item = &'a BTreeMap<String, String>>,
+) -> Option<Arc<Owners>> {
+    let mut said = BTreeSet::new();
+    for says in instances {
+        let service = service(says).filter(|service| service != registered);
+        if service.is_some() && !says.contains_key(meta::AGENT) {
+            said.insert(None);
+        }
+        said.insert(service);
+    }
+    // Without an instance the name is still made of the others.
+    let said = if said.is_empty() { BTreeSet::from([None]) } else { said };
+    Owners::of(said.into_iter().map(|service| names.iter().cloned().chain(service).collect()))
 }
 
 /// Tags of an instance in a registry that has none of its own.

@@ -4,7 +4,7 @@
 //! arguments, answers carry their reasons, effects are returned as data. `mesh-agent` performs them.
 //!
 //! Reading order: [`id`] and [`addr`] (names), [`model`] (the snapshot), [`plan`] (the heart: one connection or
-//! request in, one plan or numbered refusal out), then what it is made of: [`resolve`], [`policy`], [`balance`];
+//! request in, one plan or numbered refusal out), then what it is made of: [`resolve`], [`policy`], [`owners`], [`balance`];
 //! where the snapshot comes from: [`config`], [`services`] (the static file), [`consul`], [`cloud_map`], [`ecs`], [`task`],
 //! [`readiness`], [`merge`], [`vip`]; and what follows from it: [`dataplane`] (the kernel's image), [`reconcile`]
 //! (namespaces to arm), [`registration`] (what registries are told), [`rotate`].
@@ -23,6 +23,7 @@ pub mod id;
 pub mod instance;
 pub mod merge;
 pub mod model;
+pub mod owners;
 pub mod plan;
 pub mod policy;
 pub mod readiness;

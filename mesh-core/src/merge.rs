@@ -17,6 +17,7 @@ use crate::{
     config::{Enrol, VipRanges},
     id::{ClusterName, ServiceName, SpiffeId, TaskId, TrustDomain},
     model::{Endpoint, EndpointId, Numbers, OnAgentDeath, Protocol, Service, ServicePort, Snapshot, TlsMode, Workload},
+    owners::Owners,
     readiness::Gate,
     services::{EndpointEntry, PortEntry, ServiceSet},
     task::Task,
@@ -24,6 +25,7 @@ use crate::{
 };
 
 mod index;
+mod inherit;
 mod known;
 mod local;
 
@@ -114,6 +116,7 @@ pub fn merge(before: &Merged, sources: &Sources<'_>) -> Merged {
                     ports,
                     tls: definition.tls.unwrap_or(sources.enrol.tls),
                     on_agent_death: definition.on_agent_death.unwrap_or(sources.enrol.on_agent_death),
+                    owners: definition.owners.clone(),
                 })
             }
         };
@@ -210,11 +213,23 @@ struct Definition<'a> {
     has_80: bool,
     /// A source has said that it alone counts.
     alone: bool,
+    owners: Option<Arc<Owners>>,
 }
 
 impl<'a> Definition<'a> {
     /// `None`: no source names the service, and no local task of it has a port. `local` are the ports of those tasks.
     fn of(name: &ServiceName, sets: &'a [ServiceSet], local: Option<&BTreeSet<u16>>) -> Option<Self> {
+        let mut definition = Self::said(name, sets, local)?;
+        let local = local.is_some_and(|ports| !ports.is_empty());
+        definition.owners = Owners::joined(inherit::counting(name.as_str(), sets), local);
+        if let Some(owners) = definition.owners.clone() {
+            definition.inherit(&owners, sets);
+        }
+        Some(definition)
+    }
+
+    /// The same without what follows from other services.
+    fn said(name: &ServiceName, sets: &'a [ServiceSet], local: Option<&BTreeSet<u16>>) -> Option<Self> {
         let mut definition = Self { has_80: local.is_some_and(|ports| ports.contains(&80)), ..Self::default() };
         let mut defined = local.is_some_and(|ports| !ports.is_empty());
         for entry in sets.iter().filter_map(|set| set.services.get(name)) {

@@ -17,7 +17,8 @@ use mesh_common::addr::{Addr, Ip};
 use crate::{
     addr::{Vip, canonical},
     id::{ServiceName, SpiffeId, TaskId},
-    policy::Policy,
+    owners::Owners,
+    policy::{Policy, Verdict},
     services::{Attributes, DEFAULT_WEIGHT},
     task::NetworkMode,
 };
@@ -78,6 +79,8 @@ pub struct Service {
     pub ports: Vec<ServicePort>,
     pub tls: TlsMode,
     pub on_agent_death: OnAgentDeath,
+    /// The services that its endpoints are of; `None`: of this one.
+    pub owners: Option<Arc<Owners>>,
 }
 
 /// One port of a service, and who serves it.
@@ -201,6 +204,16 @@ impl Service {
     /// Index of a port in [`Service::ports`].
     pub fn port_index(&self, port: u16) -> Option<usize> {
         self.ports.binary_search_by_key(&port, |p| p.port).ok()
+    }
+
+    /// Whether `source` may call it.
+    pub fn verdict<'a>(&'a self, policy: &'a Policy, source: &SpiffeId) -> Verdict<'a> {
+        policy.judge(source, &self.name, self.owners.as_deref())
+    }
+
+    /// Whether every conceivable source may call it.
+    pub fn admits_everybody(&self, policy: &Policy) -> bool {
+        policy.opens(&self.name, self.owners.as_deref())
     }
 }
 

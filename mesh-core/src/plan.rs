@@ -12,7 +12,7 @@ use crate::{
     balance::Load,
     id::{ServiceName, SpiffeId, TaskId},
     model::{Endpoint, EndpointId, Protocol, Service, ServicePort, Snapshot, Target, Workload},
-    policy::Effect,
+    policy::{Effect, Verdict},
 };
 
 mod inbound;
@@ -215,8 +215,21 @@ fn resolve<'a>(snapshot: &'a Snapshot, dst: OrigDst, trace: &mut Trace) -> Resul
 }
 
 /// Asks the policy whether `source` may call `service`.
-fn authorise(snapshot: &Snapshot, source: &SpiffeId, service: &ServiceName, trace: &mut Trace) -> Result<(), Refusal> {
-    let verdict = snapshot.policy.decide(source, service);
+fn authorise(snapshot: &Snapshot, source: &SpiffeId, service: &Service, trace: &mut Trace) -> Result<(), Refusal> {
+    judged(service.verdict(&snapshot.policy, source), source, &service.name, trace)
+}
+
+/// The same of the service that a task belongs to.
+fn authorise_owner(
+    snapshot: &Snapshot,
+    source: &SpiffeId,
+    owner: &ServiceName,
+    trace: &mut Trace,
+) -> Result<(), Refusal> {
+    judged(snapshot.policy.decide(source, owner), source, owner, trace)
+}
+
+fn judged(verdict: Verdict<'_>, source: &SpiffeId, name: &ServiceName, trace: &mut Trace) -> Result<(), Refusal> {
     let (does, refusal) = match verdict.effect {
         Effect::Allow => ("allows", None),
         Effect::Deny => ("denies", Some(Refusal::Denied)),
@@ -226,7 +239,9 @@ fn authorise(snapshot: &Snapshot, source: &SpiffeId, service: &ServiceName, trac
             Some(rule) => format!("policy rule `{}`", rule.name.escape_debug()),
             None => "no policy rule matches; the default".to_owned(),
         };
-        format!("{by} {does} {source} to call {service}")
+        let behind: Vec<_> = verdict.behind.iter().map(|name| name.as_str()).collect();
+        let behind = if behind.is_empty() { String::new() } else { format!(", a name of {}", behind.join(", ")) };
+        format!("{by} {does} {source} to call {name}{behind}")
     });
     refusal.map_or(Ok(()), Err)
 }

@@ -2,7 +2,10 @@
 //!
 //! Must not know how an identity was proved.
 
-use crate::id::{ServiceName, SpiffeId};
+use crate::{
+    id::{ServiceName, SpiffeId},
+    owners::Owners,
+};
 
 /// All rules, and what holds where no rule matches.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,11 +31,12 @@ pub struct Rule {
     pub to: Vec<ServiceName>,
 }
 
-/// What was decided, and by which rule (`None`: the default).
+/// What was decided, by which rule (`None`: the default), and about which names of a service besides the one called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Verdict<'a> {
     pub effect: Effect,
     pub rule: Option<&'a Rule>,
+    pub behind: &'a [ServiceName],
 }
 
 impl Default for Policy {
@@ -42,22 +46,54 @@ impl Default for Policy {
 }
 
 impl Policy {
-    /// Decides whether `source` may call `service`.
+    /// Decides whether `source` may call `service`, which no other service is behind.
     pub fn decide(&self, source: &SpiffeId, service: &ServiceName) -> Verdict<'_> {
+        self.decide_by(source, service, &[])
+    }
+
+    /// Decides whether `source` may call the name `service`, which leads to the endpoints of `owners`.
+    ///
+    /// Rules that name one of an owner's names hold for it under each of them: a deny of either denies, an allow of either
+    /// allows. Of several owners, each must be allowed.
+    pub fn judge<'a>(&'a self, source: &SpiffeId, service: &ServiceName, owners: Option<&'a Owners>) -> Verdict<'a> {
+        let Some(owners) = owners else { return self.decide(source, service) };
+        let mut verdict = Verdict { effect: self.default, rule: None, behind: &[] };
+        for behind in owners.services() {
+            verdict = self.decide_by(source, service, behind);
+            if verdict.effect == Effect::Deny {
+                break;
+            }
+        }
+        verdict
+    }
+
+    fn decide_by<'a>(&'a self, source: &SpiffeId, service: &ServiceName, behind: &'a [ServiceName]) -> Verdict<'a> {
         let first = |effect| {
             self.rules
                 .iter()
-                .find(|rule| rule.effect == effect && rule.is_about(service) && rule.is_from(source.as_str()))
+                .find(|rule| rule.effect == effect && rule.is_about(service, behind) && rule.is_from(source.as_str()))
         };
         match first(Effect::Deny).or_else(|| first(Effect::Allow)) {
-            Some(rule) => Verdict { effect: rule.effect, rule: Some(rule) },
-            None => Verdict { effect: self.default, rule: None },
+            Some(rule) => Verdict { effect: rule.effect, rule: Some(rule), behind },
+            None => Verdict { effect: self.default, rule: None, behind },
         }
     }
 
     /// Whether every conceivable source may call `service`, so that the kernel need not ask.
     pub fn admits_everybody(&self, service: &ServiceName) -> bool {
-        let mut about = self.rules.iter().filter(|rule| rule.is_about(service));
+        self.opens(service, None)
+    }
+
+    /// The same of a name that leads to the endpoints of `owners`.
+    pub fn opens(&self, service: &ServiceName, owners: Option<&Owners>) -> bool {
+        match owners {
+            None => self.opens_by(service, &[]),
+            Some(owners) => owners.services().all(|behind| self.opens_by(service, behind)),
+        }
+    }
+
+    fn opens_by(&self, service: &ServiceName, behind: &[ServiceName]) -> bool {
+        let mut about = self.rules.iter().filter(|rule| rule.is_about(service, behind));
         match self.default {
             Effect::Allow => about.all(|rule| rule.effect == Effect::Allow),
             Effect::Deny => {
@@ -75,8 +111,9 @@ impl Policy {
 }
 
 impl Rule {
-    fn is_about(&self, service: &ServiceName) -> bool {
-        self.to.is_empty() || self.to.contains(service)
+    /// Whether it names the service, or one of the names `behind` it.
+    fn is_about(&self, service: &ServiceName, behind: &[ServiceName]) -> bool {
+        self.to.is_empty() || self.to.contains(service) || behind.iter().any(|name| self.to.contains(name))
     }
 
     fn is_from(&self, source: &str) -> bool {
@@ -97,7 +134,7 @@ mod tests {
     proptest! {
         #[test]
         fn deny_beats_allow(policy in arb::policy(), source in arb::spiffe_id(), service in arb::service_name()) {
-            let denied = policy.rules.iter().any(|r| r.effect == Effect::Deny && r.is_about(&service) && r.is_from(source.as_str()));
+            let denied = policy.rules.iter().any(|r| r.effect == Effect::Deny && r.is_about(&service, &[]) && r.is_from(source.as_str()));
             let verdict = policy.decide(&source, &service);
             if denied {
                 prop_assert_eq!(verdict.effect, Effect::Deny);
@@ -131,7 +168,7 @@ mod tests {
                 },
                 None => {
                     prop_assert_eq!(verdict.effect, policy.default);
-                    prop_assert!(!policy.rules.iter().any(|r| r.is_about(&service) && r.is_from(source.as_str())));
+                    prop_assert!(!policy.rules.iter().any(|r| r.is_about(&service, &[]) && r.is_from(source.as_str())));
                 }
             }
         }

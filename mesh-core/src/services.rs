@@ -19,6 +19,7 @@ use crate::{
     document::{self, Section},
     id::{ServiceName, SpiffeId, TrustDomain},
     model::{Endpoint, OnAgentDeath, Protocol, TlsMode},
+    owners::Owners,
     policy::{Effect, Policy, Rule},
 };
 
@@ -43,6 +44,8 @@ pub struct ServiceEntry {
     pub families: Vec<String>,
     /// What sources of lower precedence say about the service does not count.
     pub alone: bool,
+    /// The services that the endpoints are of; `None`: of this one.
+    pub owners: Option<Arc<Owners>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -163,7 +166,7 @@ fn service(s: &mut Section<'_>) -> Option<ServiceEntry> {
         }
     }
     let alone = s.boolean("override").unwrap_or(false);
-    Some(ServiceEntry { name: name?, ports, endpoints, tls, on_agent_death, families, alone })
+    Some(ServiceEntry { name: name?, ports, endpoints, tls, on_agent_death, families, alone, owners: None })
 }
 
 fn port(s: &mut Section<'_>) -> Option<PortEntry> {

@@ -132,7 +132,9 @@ fn the_user_data_carries_the_unit() {
 /// would leave the machine is replaced, and notes how it was called.
 struct Instance(Scratch);
 
-const AGENT: &str = "#!/bin/bash\necho \"mesh-agent $*\" >>/calls\n";
+/// The agent's own checks are its own; everything else is only noted.
+const AGENT: &str =
+    "#!/bin/bash\necho \"mesh-agent $*\" >>/calls\n[[ $1 != config ]] || exec /built/mesh-agent \"$@\"\n";
 
 impl Instance {
     fn new(name: &str) -> Self {
@@ -157,13 +159,16 @@ impl Instance {
         fake(
             "aws",
             "case \"$1 $2\" in
-                's3 cp') if [[ ${!#} == - ]]; then cat /services.toml; else cat /agent >\"${!#}\"; fi ;;
+                's3 cp') case ${!#} in -) cat \"/${4##*/}\" ;; *) cat /agent >\"${!#}\" ;; esac ;;
                 'ssm get-parameter') echo sealed-bundle ;;
                 'secretsmanager get-secret-value') echo token ;;
                 *) exit 1 ;;
             esac",
         );
         scratch.write("agent", 0o644, AGENT);
+        let built = mesh_tests::mesh::agent_program().expect("the agent is built");
+        fs::create_dir_all(scratch.0.join("built")).expect("writable");
+        fs::copy(&built, scratch.0.join("built/mesh-agent")).expect("it can be copied");
         scratch.write("address", 0o644, "10.0.1.7\n");
         scratch.write("services.toml", 0o644, &read("config/services.toml"));
         scratch.write("user-data.sh", 0o755, &read("user-data.sh"));
@@ -257,8 +262,8 @@ fn the_user_data_installs_and_changes_nothing_the_second_time() {
         "net.ipv4.ip_local_reserved_ports = 8080,15000-15003,15001,15008,15020,15053\n"
     );
     let calls = instance.calls();
+    assert!(calls.contains("mesh-agent config check /etc/ecs-mesh/agent.toml."), "{calls}");
     for call in [
-        "mesh-agent config check /etc/ecs-mesh/agent.toml",
         "sysctl -q -p /etc/sysctl.d/90-ecs-mesh.conf",
         "systemctl enable ecs-mesh.service",
         "systemctl restart ecs-mesh.service",
@@ -284,6 +289,71 @@ fn the_user_data_installs_and_changes_nothing_the_second_time() {
     let calls = instance.calls();
     assert!(calls.contains("systemctl start ecs-mesh.service") && !calls.contains("restart"), "{calls}");
     assert!(!calls.contains("s3://artefacts/mesh-agent"), "the binary is there already:\n{calls}");
+}
+
+/// What an operator adds to have registries asked.
+const REGISTRIES: &str = "[discovery.ecs]\nclusters = [\"production\"]\n\n[discovery.cloud_map]\n\
+    namespaces = [\"my.demo\"]\n\n[discovery.cloud_map.registration]\nenabled = true\n\n[readiness]\ncheck = \"tcp\"";
+
+#[test]
+fn the_user_data_switches_registries_on() {
+    let instance = Instance::new("registries");
+    let sum = sha256(&instance.0.0.join("agent"));
+    let settings: Vec<_> = SETTINGS.into_iter().chain([("MESH_BINARY_SHA256", sum.as_str())]).collect();
+    let and = |more: &[(&'static str, &'static str)]| [&settings[..], more].concat();
+    let file = "etc/ecs-mesh/agent.toml";
+    instance.0.write("more.toml", 0o644, REGISTRIES);
+    for more in [("MESH_AGENT_CONFIG", REGISTRIES), ("MESH_AGENT_CONFIG_S3_URI", "s3://artefacts/more.toml")] {
+        let settings = and(&[more]);
+        let output = instance.run(&settings);
+        assert!(output.status.success(), "{}", text(&output));
+        let agent = config::parse(&instance.text(file)).unwrap_or_else(|faults| panic!("{faults:#?}"));
+        assert_eq!(agent.host.zone.as_deref(), Some("eu-central-1a"));
+        let discovery = &agent.discovery;
+        assert!(discovery.ecs.is_some(), "{discovery:#?}");
+        let cloud_map = discovery.cloud_map.as_ref().expect("it is asked");
+        assert_eq!(cloud_map.namespaces, ["my.demo"]);
+        let before = instance.state(file);
+        let output = instance.run(&settings);
+        assert!(output.status.success(), "{}", text(&output));
+        assert_eq!(instance.state(file), before, "{}", text(&output));
+        assert!(!instance.calls().contains("restart"), "{}", instance.calls());
+    }
+    // What the agent would refuse does not take the place of what it runs with.
+    let before = instance.state(file);
+    for (faulty, said) in [
+        ("[discovery.ecs]\nclusterz = []", "did you mean `clusters`?"),
+        ("[discovery.ecs", "line "),
+        ("[identity]\nleaf_ttl = \"1h\"", "duplicate key"),
+    ] {
+        let output = instance.run(&and(&[("MESH_AGENT_CONFIG", faulty)]));
+        assert!(!output.status.success(), "{faulty}");
+        let told = text(&output);
+        assert!(told.contains(said) && told.contains("agent.toml is not written, and stays as it was"), "{told}");
+        assert_eq!(instance.state(file), before, "{faulty}");
+        assert!(!instance.calls().contains("systemctl"), "{}", instance.calls());
+        let left = fs::read_dir(instance.0.0.join("etc/ecs-mesh")).expect("it exists").count();
+        assert_eq!(left, 4, "no draft is left");
+    }
+    let both = and(&[("MESH_AGENT_CONFIG", REGISTRIES), ("MESH_AGENT_CONFIG_S3_URI", "s3://artefacts/more.toml")]);
+    let output = instance.run(&both);
+    assert!(!output.status.success() && text(&output).contains("are both set"), "{}", text(&output));
+    assert_eq!(instance.calls(), "");
+}
+
+/// A commented section of the example is what the agent takes when somebody removes the comment's sign.
+#[test]
+fn the_commented_sections_of_the_example_are_accepted() {
+    let example = read("config/agent.toml");
+    let uncommented = |line: &str| {
+        let code = line.strip_prefix("# ").filter(|code| code.starts_with('[') || code.contains(" = "));
+        code.filter(|code| code.starts_with('[') || code.starts_with(|c: char| c.is_ascii_lowercase()))
+            .map(str::to_owned)
+    };
+    let lines: Vec<_> = example.lines().map(|line| uncommented(line).unwrap_or_else(|| line.to_owned())).collect();
+    let agent = config::parse(&lines.join("\n")).unwrap_or_else(|faults| panic!("{faults:#?}"));
+    let discovery = agent.discovery;
+    assert!(discovery.consul.is_some() && discovery.ecs.is_some() && discovery.cloud_map.is_some());
 }
 
 #[test]

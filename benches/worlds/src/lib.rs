@@ -91,6 +91,7 @@ fn entry(n: usize, endpoints: usize) -> ServiceEntry {
         on_agent_death: None,
         families: Vec::new(),
         alone: false,
+        owners: None,
     }
 }
 

@@ -49,6 +49,7 @@ pub(crate) fn snapshot() -> Snapshot {
         }],
         tls: TlsMode::Permissive,
         on_agent_death: OnAgentDeath::Closed,
+        owners: None,
     };
     let workload = Arc::new(Workload {
         number: 1,

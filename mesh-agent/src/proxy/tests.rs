@@ -178,6 +178,7 @@ fn snapshot(protocol: Protocol, endpoints: Vec<Endpoint>) -> Snapshot {
         ports: vec![ServicePort { id: 7, port: 80, protocol, endpoints }],
         tls: TlsMode::Strict,
         on_agent_death: OnAgentDeath::Open,
+        owners: None,
     };
     snapshot.services.insert(name, Arc::new(service));
     for workload in [web(), workload("world", 2)] {

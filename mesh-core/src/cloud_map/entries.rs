@@ -12,8 +12,9 @@ use crate::{
     addr::canonical,
     config::cloud_map::{CloudMap, Health},
     id::ServiceName,
-    instance::{Contribution, Interned, meshed, meta, ports, service, tags},
+    instance::{Contribution, Interned, meshed, meta, owners, ports, service, tags},
     model::Endpoint,
+    owners::Owners,
     resolve::of_datacenter,
     services::{Attributes, EndpointEntry},
 };
@@ -93,6 +94,8 @@ pub fn entries(
             }
         }
     }
+    let behind: Vec<_> = namespace.map(|_| name.clone()).into_iter().collect();
+    let owners = owners(name, &behind, by_addr.values().map(|(instance, _)| &instance.attributes));
     let mut own = Vec::new();
     // A service of the mesh of which Cloud Map knows each port by a name of its own.
     let mut others: BTreeMap<ServiceName, Vec<EndpointEntry>> = BTreeMap::new();
@@ -107,8 +110,11 @@ pub fn entries(
         own.extend(served);
     }
     let named = |name: ServiceName| namespace.map_or(Some(name.clone()), |label| of_datacenter(&name, label));
-    let first = named(name.clone()).map(|name| Contribution::of(name, own, true));
-    let others = others.into_iter().filter_map(|(name, served)| Some(Contribution::of(named(name)?, served, false)));
+    let first = named(name.clone()).map(|name| Contribution::of(name, own, true, owners));
+    let others = others.into_iter().filter_map(|(name, served)| {
+        let owners = namespace.and_then(|_| Owners::of([vec![name.clone()]]));
+        Some(Contribution::of(named(name)?, served, false, owners))
+    });
     (first.into_iter().chain(others).collect(), problems)
 }
 

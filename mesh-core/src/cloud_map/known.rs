@@ -14,6 +14,7 @@ use crate::{
     config::cloud_map::CloudMap,
     id::ServiceName,
     instance::{Contribution, share},
+    owners::Owners,
     services::{ServiceEntry, ServiceSet},
 };
 
@@ -124,13 +125,14 @@ impl Known {
         let entry = |name: &ServiceName| {
             let own = own.get(name).map(|(_, it)| *it);
             let mut all = own.into_iter().chain(others.get(name).into_iter().flatten().copied());
+            let owners = Owners::joined(all.clone().map(|it| &*it.entry), false);
             let first = &all.next()?.entry;
             let more: Vec<_> = all.flat_map(|it| it.entry.endpoints.iter().cloned()).collect();
             if more.is_empty() {
                 return Some(first.clone());
             }
             let endpoints = first.endpoints.iter().cloned().chain(more).collect();
-            Some(Arc::new(ServiceEntry { endpoints, ..ServiceEntry::clone(first) }))
+            Some(Arc::new(ServiceEntry { endpoints, owners, ..ServiceEntry::clone(first) }))
         };
         let services = names.into_iter().filter_map(|name| Some((name.clone(), entry(name)?))).collect();
         ServiceSet { services, policy: None }

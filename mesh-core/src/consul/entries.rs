@@ -12,8 +12,9 @@ use super::answer::{Instance, Status};
 use crate::{
     config::discovery::{Consul, Health, TagNames},
     id::ServiceName,
-    instance::{Contribution, Interned, meshed, meta, ports, service},
+    instance::{Contribution, Interned, meshed, meta, owners, ports, service},
     model::Endpoint,
+    owners::Owners,
     resolve::{of_datacenter, of_tag},
     services::{Attributes, DEFAULT_WEIGHT, EndpointEntry, MAX_WEIGHT},
 };
@@ -58,8 +59,16 @@ pub fn entries(
         }
     }
     let mut found = Vec::new();
-    if let Some(name) = named(None) {
-        found.push(Contribution::of(name, endpoints.iter().map(|(_, endpoint)| endpoint.clone()).collect(), true));
+    // The names behind that of a tag: the datacenter's, and the one at home.
+    let elsewhere = datacenter.and_then(|_| named(None));
+    let behind = |tag: Option<&str>| {
+        let at_home = (tag.is_some() || elsewhere.is_some()).then(|| name.clone());
+        tag.and_then(|_| elsewhere.clone()).into_iter().chain(at_home).collect::<Vec<_>>()
+    };
+    if let Some(service) = named(None) {
+        let owners = owners(name, &behind(None), endpoints.iter().map(|(instance, _)| &instance.meta));
+        let all = endpoints.iter().map(|(_, endpoint)| endpoint.clone()).collect();
+        found.push(Contribution::of(service, all, true, owners));
     }
     // A service of the mesh of which Consul knows each port by a name of its own.
     let mut others: BTreeMap<ServiceName, Vec<EndpointEntry>> = BTreeMap::new();
@@ -69,15 +78,17 @@ pub fn entries(
         }
     }
     for (service, endpoints) in others {
+        let owners = datacenter.and_then(|_| Owners::of([vec![service.clone()]]));
         let service = datacenter.map_or(Some(service.clone()), |datacenter| of_datacenter(&service, datacenter));
-        found.extend(service.map(|service| Contribution::of(service, endpoints, false)));
+        found.extend(service.map(|service| Contribution::of(service, endpoints, false, owners)));
     }
     // Of all instances, so that a tag's name does not vanish with the health of those that bear it.
     let tags: BTreeSet<&str> = instances.iter().flat_map(|instance| &instance.tags).map(String::as_str).collect();
     for tag in tags.into_iter().filter(|tag| wants(&config.tag_names, tag)) {
-        let Some(name) = named(Some(tag)) else { continue };
-        let tagged = endpoints.iter().filter(|(instance, _)| instance.tags.contains(tag));
-        found.push(Contribution::of(name, tagged.map(|(_, endpoint)| endpoint.clone()).collect(), true));
+        let Some(service) = named(Some(tag)) else { continue };
+        let tagged = || endpoints.iter().filter(|(instance, _)| instance.tags.contains(tag));
+        let owners = owners(name, &behind(Some(tag)), tagged().map(|(instance, _)| &instance.meta));
+        found.push(Contribution::of(service, tagged().map(|(_, endpoint)| endpoint.clone()).collect(), true, owners));
     }
     (found, problems)
 }

@@ -16,6 +16,7 @@ use crate::{
     config::discovery::Consul,
     id::ServiceName,
     instance::{Contribution, share},
+    owners::Owners,
     services::{ServiceEntry, ServiceSet},
 };
 
@@ -162,13 +163,15 @@ impl Known {
         let own = all.iter().filter(|(_, it)| it.own).min_by_key(|(key, _)| (!exact(key), *key));
         let others = all.iter().filter(|(_, it)| !it.own);
         let mut chosen = own.into_iter().chain(others).map(|(_, it)| &it.entry);
+        // Of all who bear the name, also those of whom nothing else counts: whose it is, nobody may hide.
+        let owners = Owners::joined(all.iter().map(|(_, it)| &*it.entry), false);
         let first = chosen.next()?;
         let rest: Vec<_> = chosen.flat_map(|entry| entry.endpoints.iter().cloned()).collect();
-        if rest.is_empty() {
+        if rest.is_empty() && owners == first.owners {
             return Some(first.clone());
         }
         let endpoints = first.endpoints.iter().cloned().chain(rest).collect();
-        Some(Arc::new(ServiceEntry { endpoints, ..ServiceEntry::clone(first) }))
+        Some(Arc::new(ServiceEntry { endpoints, owners, ..ServiceEntry::clone(first) }))
     }
 
     /// Services that nobody has asked for yet.
@@ -232,7 +235,13 @@ fn keep(before: &[Contribution], answer: &Instances, entries: &mut Vec<Contribut
     for Contribution { entry: known, own } in before {
         let kept = known.endpoints.iter().filter(|it| !said.contains(&it.endpoint.addr())).cloned();
         match entries.iter_mut().find(|it| it.entry.name == known.name) {
-            Some(it) => Arc::make_mut(&mut it.entry).endpoints.extend(kept),
+            Some(it) => {
+                let kept = ServiceEntry { endpoints: kept.collect(), ..ServiceEntry::clone(known) };
+                let owners = Owners::joined([&*it.entry, &kept].into_iter(), false);
+                let entry = Arc::make_mut(&mut it.entry);
+                entry.owners = owners;
+                entry.endpoints.extend(kept.endpoints);
+            }
             None => {
                 let entry = Arc::new(ServiceEntry { endpoints: kept.collect(), ..ServiceEntry::clone(known) });
                 entries.push(Contribution { entry, own: *own });

@@ -111,7 +111,7 @@ proptest! {
             prop_assert_eq!(value.flags & service::FAIL_OPEN != 0, service.on_agent_death == OnAgentDeath::Open);
             prop_assert_eq!(value.flags & service::OPAQUE != 0, port.protocol == Protocol::Tcp);
             for workload in snapshot.workloads.values() {
-                let may = snapshot.policy.decide(&workload.identity, name).effect == Effect::Allow;
+                let may = service.verdict(&snapshot.policy, &workload.identity).effect == Effect::Allow;
                 let granted = value.flags & service::GRANTED_ONLY == 0
                     || image.grants.contains_key(&GrantKey { workload: workload.number, service: value.id });
                 prop_assert!(may || !granted, "the kernel must not allow what the policy denies");

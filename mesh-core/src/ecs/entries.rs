@@ -18,6 +18,7 @@ use crate::{
     instance::{Interned, USUAL_PORT},
     merge::{SERVICE_LABEL, says_enrolled},
     model::Endpoint,
+    owners::Owners,
     resolve::of_datacenter,
     services::{Attributes, EndpointEntry, PortEntry, ServiceEntry, ServiceSet},
     task::NetworkMode,
@@ -38,6 +39,10 @@ struct Draft {
     ports: BTreeMap<u16, PortEntry>,
     /// By port and address, so that one that several ways lead to is one.
     endpoints: BTreeMap<(Option<u16>, SocketAddr), EndpointEntry>,
+    /// Whose tasks the endpoints are; empty while there are none.
+    owners: BTreeSet<Vec<ServiceName>>,
+    /// The name that this one is made of, in another cluster than the first.
+    made_of: Option<ServiceName>,
 }
 
 /// What the clusters say about services, in the order of the configuration; the second is what was left out, and why.
@@ -52,6 +57,7 @@ pub fn entries(clusters: &[(ClusterName, Cluster)], config: &Ecs, mesh: &Mesh) -
         view.collect(&mut drafts, &mut interned, &mut problems);
     }
     let entry = |(name, draft): (ServiceName, Draft)| ServiceEntry {
+        owners: draft.owners(),
         name,
         ports: draft.ports.into_values().collect(),
         endpoints: draft.endpoints.into_values().collect(),
@@ -61,6 +67,13 @@ pub fn entries(clusters: &[(ClusterName, Cluster)], config: &Ecs, mesh: &Mesh) -
         alone: false,
     };
     (ServiceSet::of(drafts.into_iter().map(entry)), problems.into_iter().collect())
+}
+
+impl Draft {
+    fn owners(&self) -> Option<Arc<Owners>> {
+        let made_of = self.made_of.iter().filter(|_| self.owners.is_empty()).map(|name| vec![name.clone()]);
+        Owners::of(self.owners.iter().cloned().chain(made_of))
+    }
 }
 
 struct View<'a> {
@@ -81,7 +94,10 @@ impl View<'_> {
     ) {
         for service in self.cluster.services.keys().filter(|service| self.config.wants(service)) {
             match self.named(service) {
-                Some(name) => drop(drafts.entry(name).or_default()),
+                Some(name) => {
+                    let made_of = ServiceName::sanitised(service).filter(|_| self.elsewhere);
+                    drafts.entry(name).or_default().made_of = made_of;
+                }
                 None => drop(problems.insert(format!("{}: no DNS label can be made of it", service.escape_debug()))),
             }
         }
@@ -98,16 +114,18 @@ impl View<'_> {
                     continue;
                 }
             };
-            let own = belongs(definition).and_then(|name| self.elsewhere_named(name));
-            let names: BTreeSet<ServiceName> = self.named(service).into_iter().chain(own).collect();
-            for name in names {
+            let (by_ecs, by_mesh) = (ServiceName::sanitised(service), belongs(definition));
+            let names: BTreeSet<&ServiceName> = by_ecs.iter().chain(&by_mesh).collect();
+            for bare in names {
+                let Some(name) = self.elsewhere_named(bare.clone()) else { continue };
                 let draft = drafts.entry(name).or_default();
+                draft.owners.extend(self.owners(bare, by_ecs.as_ref(), by_mesh.as_ref()));
                 for endpoint in self.as_served(&endpoints) {
                     draft.endpoints.insert((endpoint.port, endpoint.endpoint.addr()), endpoint);
                 }
             }
             for connect in self.connects(task, service) {
-                self.connect(connect, definition, &endpoints, drafts, problems);
+                self.connect(connect, definition, service, &endpoints, drafts, problems);
             }
         }
     }
@@ -118,6 +136,25 @@ impl View<'_> {
 
     fn elsewhere_named(&self, name: ServiceName) -> Option<ServiceName> {
         if self.elsewhere { of_datacenter(&name, &cluster_label(self.name)) } else { Some(name) }
+    }
+
+    /// Whose a task is that bears the bare name `name`: its ECS service's, and that of its service in the mesh, which its
+    /// identity bears. That one's name leads to nobody else.
+    fn owners(
+        &self,
+        name: &ServiceName,
+        by_ecs: Option<&ServiceName>,
+        by_mesh: Option<&ServiceName>,
+    ) -> Vec<Vec<ServiceName>> {
+        let both = [by_ecs, by_mesh].into_iter().flatten();
+        let services = both.filter(|_| by_mesh != Some(name)).chain(by_mesh.filter(|own| *own == name));
+        let names = |service: &ServiceName| {
+            let other = (service != name).then_some(service);
+            let here = other.and_then(|other| self.elsewhere_named(other.clone())).filter(|_| self.elsewhere);
+            let bare = self.elsewhere.then(|| name.clone());
+            here.into_iter().chain(bare).chain(other.cloned()).collect()
+        };
+        services.map(names).collect()
     }
 
     fn connects(&self, task: &Task, service: &str) -> &[Connect] {
@@ -253,6 +290,7 @@ impl View<'_> {
         &self,
         connect: &Connect,
         definition: &Definition,
+        service: &str,
         endpoints: &[(u16, EndpointEntry)],
         drafts: &mut BTreeMap<ServiceName, Draft>,
         problems: &mut BTreeSet<String>,
@@ -264,7 +302,7 @@ impl View<'_> {
             return;
         };
         for (alias, port) in &connect.aliases {
-            let Some(name) = self.alias(alias) else {
+            let Some(bare) = self.alias(alias) else {
                 problems.insert(format!(
                     "{}: no name of the mesh can be made of the Service Connect alias {}: add what follows its first \
                      dot to dns.suffixes",
@@ -273,10 +311,12 @@ impl View<'_> {
                 ));
                 continue;
             };
-            let Some(name) = self.elsewhere_named(name) else { continue };
+            let Some(name) = self.elsewhere_named(bare.clone()) else { continue };
             let draft = drafts.entry(name).or_default();
             let entry = PortEntry { port: *port, target: Some(target.container), protocol: target.protocol };
             draft.ports.entry(*port).or_insert(entry);
+            let (by_ecs, by_mesh) = (ServiceName::sanitised(service), belongs(definition));
+            draft.owners.extend(self.owners(&bare, by_ecs.as_ref(), by_mesh.as_ref()));
             for (_, endpoint) in endpoints.iter().filter(|(container, _)| *container == target.container) {
                 let endpoint = EndpointEntry { port: Some(*port), alias: false, ..endpoint.clone() };
                 draft.endpoints.insert((endpoint.port, endpoint.endpoint.addr()), endpoint);

@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use imbl::ordmap::DiffItem;
+use imbl::{OrdMap, ordmap::DiffItem};
 use mesh_common::addr::Addr;
 
 use super::{
@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     id::ServiceName,
+    owners::Owners,
     readiness::Gate,
     services::{ServiceEntry, ServiceSet},
     task::Task,
@@ -29,7 +30,8 @@ pub(super) struct Known {
     /// The enrolled ones of `tasks`; the same value for as long as they are the same.
     pub(super) members: Arc<Vec<Member>>,
     pub(super) locals: Arc<Locals>,
-    /// Services whose entries in the sets changed; `None`: nothing was known before.
+    leading: Leading,
+    /// Services whose entries in the sets changed, with those that take over from them; `None`: nothing was known before.
     entries: Option<BTreeSet<ServiceName>>,
 }
 
@@ -39,20 +41,30 @@ impl Known {
         let before = before.filter(|before| before.sets.len() == sources.sets.len());
         let mut entries = BTreeSet::new();
         let mut families = false;
+        let mut owned = BTreeSet::new();
         for (old, new) in before.iter().flat_map(|before| &before.sets).zip(sources.sets) {
             let changes =
                 if old.services.ptr_eq(&new.services) { None } else { Some(old.services.diff(&new.services)) };
             for change in changes.into_iter().flatten() {
-                let none: &[String] = &[];
                 let (name, is, was) = match change {
-                    DiffItem::Add(name, entry) => (name, entry.families.as_slice(), none),
-                    DiffItem::Remove(name, entry) => (name, none, entry.families.as_slice()),
-                    DiffItem::Update { old: (_, old), new: (name, new) } => (name, &*new.families, &*old.families),
+                    DiffItem::Add(name, entry) => (name, Some(entry), None),
+                    DiffItem::Remove(name, entry) => (name, None, Some(entry)),
+                    DiffItem::Update { old: (_, old), new: (name, new) } => (name, Some(new), Some(old)),
                 };
-                families |= is != was;
+                families |= claimed(is) != claimed(was);
+                if is.into_iter().chain(was).any(|entry| entry.owners.is_some()) {
+                    owned.insert(name.clone());
+                }
                 entries.insert(name.clone());
             }
         }
+        let mut leading = before.map(|before| before.leading.clone()).unwrap_or_default();
+        match before {
+            Some(before) => leading.relink(&owned, &before.sets, sources.sets),
+            None => leading.relink(&sources.sets.iter().flat_map(owned_in).collect(), &[], sources.sets),
+        }
+        let heirs: Vec<_> = entries.iter().flat_map(|name| leading.to(name)).cloned().collect();
+        entries.extend(heirs);
         let members = match before {
             Some(before) if before.tasks == sources.tasks && !families => before.members.clone(),
             Some(_) | None => Arc::new(local::members(sources)),
@@ -73,6 +85,7 @@ impl Known {
             gate: sources.gate.clone(),
             members,
             locals,
+            leading,
             entries: before.map(|_| entries),
         }
     }
@@ -96,6 +109,48 @@ impl Known {
     pub(super) fn names(&self) -> impl Iterator<Item = &ServiceName> {
         self.sets.iter().flat_map(|set| set.services.keys()).chain(self.locals.names())
     }
+}
+
+/// The families of tasks that an entry claims.
+fn claimed(entry: Option<&Arc<ServiceEntry>>) -> &[String] {
+    entry.map_or(&[], |entry| &entry.families)
+}
+
+/// The names that lead to a service, which is behind them.
+#[derive(Clone, Debug, Default)]
+struct Leading(OrdMap<ServiceName, BTreeSet<ServiceName>>);
+
+impl Leading {
+    fn to(&self, service: &ServiceName) -> impl Iterator<Item = &ServiceName> {
+        self.0.get(service).into_iter().flatten()
+    }
+
+    /// Whom these names lead to has changed.
+    fn relink(&mut self, names: &BTreeSet<ServiceName>, was: &[ServiceSet], is: &[ServiceSet]) {
+        for name in names {
+            for service in behind(name, was) {
+                let Some(leading) = self.0.get_mut(service) else { continue };
+                leading.remove(name);
+                if leading.is_empty() {
+                    self.0.remove(service);
+                }
+            }
+            for service in behind(name, is) {
+                self.0.entry(service.clone()).or_default().insert(name.clone());
+            }
+        }
+    }
+}
+
+/// The services that a source says to be behind a name.
+fn behind<'a>(name: &ServiceName, sets: &'a [ServiceSet]) -> impl Iterator<Item = &'a ServiceName> {
+    let entries = sets.iter().filter_map(|set| set.services.get(name));
+    entries.filter_map(|entry| entry.owners.as_deref()).flat_map(Owners::names)
+}
+
+/// The names of a set behind which there are other services.
+fn owned_in(set: &ServiceSet) -> impl Iterator<Item = ServiceName> {
+    set.services.iter().filter(|(_, entry)| entry.owners.is_some()).map(|(name, _)| name.clone())
 }
 
 /// Services of the set with an endpoint at one of the addresses.

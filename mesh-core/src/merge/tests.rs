@@ -222,6 +222,7 @@ fn it_scales() {
             on_agent_death: None,
             families: Vec::new(),
             alone: false,
+            owners: None,
         }
     };
     let set = ServiceSet::of((0..5000).map(entry));
@@ -458,6 +459,7 @@ fn registered(name: &str, endpoints: Vec<EndpointEntry>) -> services::ServiceEnt
         on_agent_death: None,
         families: Vec::new(),
         alone: false,
+        owners: None,
     }
 }
 

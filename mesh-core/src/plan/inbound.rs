@@ -4,7 +4,7 @@
 
 use mesh_common::refusal::Refusal;
 
-use super::{Inbound, InboundPlan, Trace, authorise};
+use super::{Inbound, InboundPlan, Trace, authorise, authorise_owner};
 use crate::{
     addr::canonical,
     model::{Health, Reach, Snapshot, Target},
@@ -43,10 +43,10 @@ pub(super) fn decide(snapshot: &Snapshot, ask: &Inbound<'_>, trace: &mut Trace) 
         trace.say(|| format!("{} is not of trust domain {}", ask.peer, workload.identity.domain()));
         return Err(Refusal::Denied);
     }
-    authorise(snapshot, ask.peer, &service.name, trace)?;
+    authorise(snapshot, ask.peer, service, trace)?;
     if workload.service != service.name {
         // Listed under another name, the task is still what it is.
-        authorise(snapshot, ask.peer, &workload.service, trace)?;
+        authorise_owner(snapshot, ask.peer, &workload.service, trace)?;
     }
     // Registries elsewhere learn of it later than we do. Nothing has been sent yet, so the peer may try another. Where it
     // has none, or its application named this very task, the task is what there is.

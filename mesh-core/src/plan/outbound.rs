@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use mesh_common::refusal::Refusal;
 
-use super::{Delivery, Outbound, Plan, Trace, authorise, resolve};
+use super::{Delivery, Outbound, Plan, Trace, authorise, authorise_owner, resolve};
 use crate::{
     balance::{self, Picked},
     model::{Endpoint, Health, Protocol, Reach, Service, ServicePort, Snapshot, TlsMode},
@@ -14,13 +14,13 @@ use crate::{
 
 pub(super) fn decide(snapshot: &Snapshot, ask: &Outbound<'_>, trace: &mut Trace) -> Result<Plan, Refusal> {
     let found = resolve(snapshot, ask.dst, trace)?;
-    authorise(snapshot, &ask.source.identity, &found.service.name, trace)?;
+    authorise(snapshot, &ask.source.identity, found.service, trace)?;
     let (endpoint, elsewhere) = match found.exact {
         Some(endpoint) => (exact(found.service, endpoint, ask, trace)?, false),
         None => choose(found.service, &found.service.ports[found.port], ask, trace)?,
     };
     if let Some(owner) = snapshot.other_owner(endpoint, &found.service.name) {
-        authorise(snapshot, &ask.source.identity, owner, trace)?;
+        authorise_owner(snapshot, &ask.source.identity, owner, trace)?;
     }
     let delivery = delivery(endpoint, ask, trace)?;
     Ok(Plan {

@@ -7,8 +7,9 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     arb::{self, World, bridge_task},
+    consul::answer::{Instance, Status, Weights},
     merge::{self, Merged},
-    model::{Health, Numbers, Reach, Target, TlsMode},
+    model::{Health, Numbers, OnAgentDeath, Reach, Target, TlsMode},
     services,
     task::{Phase, Task},
     vip::VipTable,
@@ -257,6 +258,192 @@ fn inbound_streams() {
     assert_eq!(ask(&gone, web, "10.90.1.10:32999"), "task_gone");
 }
 
+/// What Consul, asked with this configuration, says of the one service `name`, of which it knows these: address, tag, meta.
+fn consul(name: &str, datacenter: Option<&str>, instances: &[(&str, &str, &[(&str, &str)])]) -> services::ServiceSet {
+    let instance = |(addr, tag, meta): &(&str, &str, &[(&str, &str)])| Instance {
+        addr: addr.parse().expect("a literal"),
+        tags: [(*tag).to_owned()].into(),
+        meta: meta.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect(),
+        weights: Weights { passing: 1, warning: 1 },
+        status: Status::Passing,
+        node_meta: BTreeMap::new(),
+    };
+    let instances: Vec<_> = instances.iter().map(instance).collect();
+    let config = crate::config::discovery::tests::consul("");
+    let (found, problems) =
+        crate::consul::entries::entries(&name.parse().expect("valid"), datacenter, &instances, &config);
+    assert!(problems.is_empty(), "{problems:?}");
+    services::ServiceSet::of(found.into_iter().map(|it| services::ServiceEntry::clone(&it.entry)))
+}
+
+/// One ECS service with one Fargate task, which has Service Connect's alias.
+fn ecs(service: &str, family: &str, alias: &str, at: [u8; 4]) -> services::ServiceSet {
+    use crate::ecs::model::{Checked, Cluster, Connect, Definition, Deployment, Port, Service, State, Task};
+    let connect = Connect { port_name: "http".into(), aliases: vec![(alias.to_owned(), 80)] };
+    let deployment = Deployment { connects: vec![connect], ..Deployment::default() };
+    let definition = Definition {
+        family: family.into(),
+        revision: 1,
+        mode: crate::task::NetworkMode::Awsvpc,
+        ports: vec![Port { container: 8080, name: Some("http".into()), protocol: None }],
+        labels: BTreeMap::new(),
+        is_checked: false,
+    };
+    let task = Task {
+        arn: "task/1".into(),
+        service: Some(service.into()),
+        definition: "d".into(),
+        deployment: Some("ecs-svc/1".into()),
+        instance: None,
+        zone: None,
+        launch_type: "FARGATE".into(),
+        state: State::Running(Checked::Unknown),
+        address: Some(at.into()),
+        bindings: Vec::new(),
+        tags: BTreeMap::new(),
+    };
+    let cluster = Cluster {
+        services: [(service.to_owned(), Service { deployments: [("ecs-svc/1".to_owned(), deployment)].into() })].into(),
+        tasks: vec![task],
+        instances: BTreeMap::new(),
+        definitions: [("d".to_owned(), definition.into())].into(),
+    };
+    let mesh = crate::ecs::entries::Mesh {
+        trust_domain: "a".parse().expect("valid"),
+        enrol: World::default().enrol,
+        suffixes: vec!["mesh".into()],
+    };
+    let clusters = [("demo".parse().expect("valid"), cluster)];
+    let (set, problems) = crate::ecs::entries::entries(&clusters, &crate::config::ecs::tests::ecs(""), &mesh);
+    assert!(problems.is_empty(), "{problems:?}");
+    set
+}
+
+#[test]
+fn a_refusal_says_what_the_name_leads_to() {
+    let set = consul("db", None, &[("10.0.0.5:5432", "primary", &[])]);
+    let snapshot = among(&format!("{DENIED}to = [\"db\"]\n"), vec![set]);
+    let ask = Outbound {
+        source: &snapshot.workloads["caller"],
+        dst: OrigDst(vip(&snapshot, "db--tag-primary", 5432)),
+        tried: &[],
+        load: &|_| Load::default(),
+        now: Duration::ZERO,
+        draw: 0,
+    };
+    assert_eq!(
+        outbound(&snapshot, &ask).expect_err("denied").reasons[1].0,
+        "policy rule `no-web` denies spiffe://a/ns/demo/sa/web to call db--tag-primary, a name of db"
+    );
+}
+
+/// A host with the caller, a file, and what registries say; services are permissive where nobody says otherwise.
+fn among(file: &str, sets: Vec<services::ServiceSet>) -> Snapshot {
+    let file = services::parse(file).unwrap_or_else(|faults| panic!("{faults:?}"));
+    let tasks = vec![bridge_task("caller", "web", "172.17.0.9", &[])];
+    let mut world = World { sets: [file].into_iter().chain(sets).collect(), tasks, ..World::default() };
+    world.enrol.tls = TlsMode::Permissive;
+    world.snapshot()
+}
+
+const DENIED: &str =
+    "[policy]\n[[policy.rule]]\nname = \"no-web\"\neffect = \"deny\"\nfrom = [\"spiffe://a/ns/demo/sa/web\"]\n";
+const ALLOWED: &str = "[policy]\ndefault = \"deny\"\n[[policy.rule]]\nname = \"web\"\neffect = \"allow\"\n";
+
+#[test]
+fn a_name_of_a_service_is_under_its_rules() {
+    let plain = &[("10.0.0.5:5432", "primary", &[][..])][..];
+    for (set, name, port, rules) in [
+        (consul("db", None, plain), "db--tag-primary", 5432, "db"),
+        (consul("db", Some("dc2"), plain), "db--dc-dc2", 5432, "db"),
+        (consul("db", Some("dc2"), plain), "db--tag-primary--dc-dc2", 5432, "db"),
+        (consul("db", Some("dc2"), plain), "db--tag-primary--dc-dc2", 5432, "db--dc-dc2"),
+        (ecs("db", "db", "api", [10, 0, 0, 5]), "api", 80, "db"),
+    ] {
+        let asked = |rules: &str| {
+            let snapshot = among(rules, vec![set.clone()]);
+            ask(&snapshot, vip(&snapshot, name, port), &[], 0)
+        };
+        let to = format!("plain 10.0.0.5:{}", if port == 5432 { 5432 } else { 8080 });
+        for who in [rules, name] {
+            assert_eq!(asked(&format!("{DENIED}to = [\"{who}\"]\n")), "denied", "{name}, by a rule about {who}");
+            assert_eq!(asked(&format!("{ALLOWED}to = [\"{who}\"]\n")), to, "{name}, by a rule about {who}");
+        }
+        assert_eq!(asked(&format!("{DENIED}to = [\"another\"]\n")), to, "{name}");
+        assert_eq!(asked(&format!("{ALLOWED}to = [\"another\"]\n")), "denied", "{name}");
+    }
+}
+
+#[test]
+fn a_name_that_only_says_whose_it_is_is_under_both_rules() {
+    let says = [("ecs-mesh-service", "db")];
+    let plain = consul("db-5432", None, &[("10.0.0.5:5432", "primary", &says)]);
+    let tunnel = [("ecs-mesh-agent", "10.0.0.5:15008"), ("ecs-mesh-identity", "spiffe://a/ns/demo/sa/db")];
+    let proved = consul("db-5432", None, &[("10.0.0.5:5432", "primary", &[&says[..], &tunnel].concat())]);
+    for (set, name, port, service, opens) in [
+        (plain.clone(), "db-5432", 5432, "db", "denied"),
+        (plain, "db-5432--tag-primary", 5432, "db", "denied"),
+        (proved.clone(), "db-5432", 5432, "db", "tunnel 10.0.0.5:15008 10.0.0.5:5432 /ns/demo/sa/db"),
+        (proved, "db-5432--tag-primary", 5432, "db", "tunnel 10.0.0.5:15008 10.0.0.5:5432 /ns/demo/sa/db"),
+        (ecs("Db", "db-task", "api", [10, 0, 0, 5]), "db", 8080, "db-task", "denied"),
+        (ecs("Db", "db-task", "api", [10, 0, 0, 5]), "api", 80, "db", "denied"),
+        (ecs("Db", "db-task", "api", [10, 0, 0, 5]), "api", 80, "db-task", "denied"),
+    ] {
+        let asked = |rules: &str, to: &str| {
+            let snapshot = among(&format!("{rules}to = [{to}]\n"), vec![set.clone()]);
+            ask(&snapshot, vip(&snapshot, name, port), &[], 0)
+        };
+        assert_eq!(asked(DENIED, &format!("\"{service}\"")), "denied", "{name}");
+        assert_eq!(asked(ALLOWED, &format!("\"{service}\"")), opens, "{name}");
+        assert_ne!(asked(ALLOWED, &format!("\"{name}\"")), "denied", "{name}");
+        assert_ne!(asked(ALLOWED, "\"db\", \"db-5432\", \"db-task\""), "denied", "{name}");
+    }
+}
+
+#[test]
+fn a_name_of_a_service_has_its_settings() {
+    let file = |more: &str| {
+        format!(
+            "[[service]]\nname = \"world\"\ntls = \"strict\"\non_agent_death = \"closed\"\n\
+                 ports = [{{ port = 80, target = 8080, protocol = \"http\" }}, {{ port = 81, target = 8081 }}]\n{more}"
+        )
+    };
+    let tag = consul("world", None, &[("10.0.0.5:32768", "v2", &[("ecs-mesh-ports", "80")])]);
+    for (set, name, ports) in [
+        (tag.clone(), "world--tag-v2", &[(80, Protocol::Http), (81, Protocol::Auto)][..]),
+        (consul("world", Some("dc2"), &[]), "world--dc-dc2", &[(80, Protocol::Http), (81, Protocol::Auto)]),
+        (ecs("world", "world", "api", [10, 0, 0, 5]), "api", &[(80, Protocol::Http)]),
+    ] {
+        let service = &among(&file(""), vec![set]).services[name];
+        let found: Vec<_> = service.ports.iter().map(|port| (port.port, port.protocol)).collect();
+        assert_eq!((service.tls, service.on_agent_death), (TlsMode::Strict, OnAgentDeath::Closed), "{name}");
+        assert_eq!(found, ports, "{name}");
+    }
+    // What is said about the name itself counts.
+    let own =
+        "[[service]]\nname = \"world--tag-v2\"\ntls = \"permissive\"\nports = [{ port = 80, protocol = \"tcp\" }]\n";
+    let service = &among(&file(own), vec![tag]).services["world--tag-v2"];
+    assert_eq!((service.tls, service.on_agent_death), (TlsMode::Permissive, OnAgentDeath::Closed));
+    assert_eq!(service.ports.iter().map(|port| (port.port, port.protocol)).collect::<Vec<_>>(), [(80, Protocol::Tcp)]);
+}
+
+#[test]
+fn a_name_of_several_services_is_under_the_rules_of_each() {
+    let own = "[[service]]\nname = \"api\"\nports = [{ port = 80 }]\n[[service.endpoint]]\naddress = \"10.0.0.9:80\"\n";
+    let set = || vec![ecs("db", "db", "api", [10, 0, 0, 5])];
+    let asked = |file: &str, rules: &str, to: &str, sets| {
+        let snapshot = among(&format!("{file}{rules}to = [{to}]\n"), sets);
+        ask(&snapshot, vip(&snapshot, "api", 80), &[], 0)
+    };
+    // Whoever gives another service's tasks the name of this one opens neither to those who may call the other.
+    assert_eq!(asked(own, ALLOWED, "\"db\"", set()), "denied");
+    assert!(asked(own, ALLOWED, "\"api\"", set()).starts_with("plain"), "that is what the operator wrote");
+    assert_eq!(asked(own, DENIED, "\"db\"", set()), "denied");
+    // The same tasks, known from a registry under their alias only, are not another service.
+    let known = consul("api", None, &[("10.0.0.5:8080", "x", &[("ecs-mesh-ports", "80")])]);
+    assert_eq!(asked("", ALLOWED, "\"db\"", [set(), vec![known]].concat()), "plain 10.0.0.5:8080");
+}
+
 fn load_of(seed: u64) -> impl Fn(&EndpointId) -> Load {
     move |id| {
         let hash = id.to_string().bytes().fold(seed, |h, b| h.wrapping_mul(31).wrapping_add(u64::from(b)));
@@ -288,7 +475,7 @@ proptest! {
         let tried: Vec<_> = endpoints.iter().take(tried).map(|e| e.id).collect();
         let load = load_of(seed);
         let ask = Outbound { source, dst: OrigDst(SocketAddr::from(**dst)), tried: &tried, load: &load, now: Duration::from_secs(1), draw };
-        let verdict = snapshot.policy.decide(&source.identity, &service.name);
+        let verdict = service.verdict(&snapshot.policy, &source.identity);
         let owner = |endpoint: &Endpoint| match &endpoint.reach {
             Reach::Local { task, .. } => snapshot.workloads.get(task).map(|workload| workload.service.clone()),
             Reach::Tunnel { .. } | Reach::Plaintext => None,
@@ -369,8 +556,9 @@ proptest! {
         match inbound(&snapshot, &Inbound { peer: &peer, presented: &presented, target, elsewhere: false }) {
             Ok(plan) => {
                 prop_assert_eq!(&presented, &plan.workload.identity, "who was promised is who answers");
-                let allowed = |service| snapshot.policy.decide(&peer, service).effect == Effect::Allow;
-                prop_assert!(allowed(&plan.service.name) && allowed(&plan.workload.service));
+                let owner = snapshot.policy.decide(&peer, &plan.workload.service);
+                let listed = plan.service.verdict(&snapshot.policy, &peer);
+                prop_assert!([owner, listed].iter().all(|verdict| verdict.effect == Effect::Allow));
                 prop_assert_eq!(peer.trust_domain(), plan.workload.identity.trust_domain());
                 let own = |e: &&Arc<Endpoint>| matches!(&e.reach, Reach::Local { task, deliver, .. }
                     if *task == plan.workload.task && *deliver == plan.to && (e.addr() == target || plan.to == target));

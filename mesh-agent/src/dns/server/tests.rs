@@ -55,6 +55,7 @@ fn snapshot() -> Snapshot {
             ports: ports.collect(),
             tls: TlsMode::Strict,
             on_agent_death: OnAgentDeath::Open,
+            owners: None,
         })
     };
     let services = [service("world", 1, 80..81), service("many", 2, 1000..1100)];

@@ -171,6 +171,7 @@ fn service(name: &str, last: u8) -> Result<Arc<Service>> {
         ports: vec![port],
         tls: TlsMode::Strict,
         on_agent_death: OnAgentDeath::Open,
+        owners: None,
     }))
 }
 
