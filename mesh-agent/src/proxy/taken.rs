@@ -37,7 +37,10 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-use crate::sys::socket::{self, Acknowledged};
+use crate::sys::{
+    closes::Watched,
+    socket::{self, Acknowledged},
+};
 
 /// An acknowledgement comes within 200 ms.
 const PATIENCE: Duration = Duration::from_millis(300);
@@ -55,12 +58,19 @@ struct Waiting {
 
 impl Settling {
     /// How many of the `written` octets the application may have read. It has ended its direction, and that was read.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>, stream: &TcpStream, written: u64) -> Poll<u64> {
+    pub(super) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        stream: &TcpStream,
+        watched: Option<&Watched>,
+        written: u64,
+    ) -> Poll<u64> {
         // A socket that does not say has perhaps brought all.
         while let Ok(Acknowledged { octets, over }) = socket::acknowledged(stream) {
             if over || octets >= written {
                 self.0 = None;
-                return Poll::Ready(octets.min(written));
+                let read = if over { watched.and_then(Watched::taken) } else { None };
+                return Poll::Ready(octets.min(written).min(read.unwrap_or(u64::MAX)));
             }
             let now = Instant::now();
             let waiting = self.0.get_or_insert_with(|| {
