@@ -1,5 +1,6 @@
 //! How much of what was written to an application's socket the application can have read, once it has ended its
-//! direction in order: what its kernel has acknowledged.
+//! direction in order: what its kernel has acknowledged. After a reset that is no answer; what is one then, a hook tells
+//! ([`closes`](crate::sys::closes)).
 //!
 //! A request that is written in the same moment in which an application closes an idle connection is lost to both: the write
 //! succeeds, and the next read is the end. Whether it may be sent again depends on which of the two came first. The

@@ -191,7 +191,10 @@ impl Programs {
     }
 
     /// The same with programs that know the kernel's `layout`, or nothing of it.
-    fn load_with(
+    ///
+    /// # Errors
+    /// As [`Programs::load`]; the verifier refuses a layout that is not this kernel's.
+    pub fn load_with(
         pins: &Pins,
         cgroup: &Path,
         sizes: &[(&str, u32)],

@@ -8,8 +8,16 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use mesh_agent::sys::{closes::Watched, socket};
-use mesh_tests::stage::Space;
+use mesh_agent::sys::{
+    bpf::{BpfError, Pins, Programs},
+    closes::Watched,
+    socket,
+};
+use mesh_common::maps::SocketLayout;
+use mesh_tests::{
+    stage::{Space, Stage},
+    tier::{self, Tier},
+};
 use socket2::{SockRef, Socket};
 
 use super::{LIMIT, Scene};
@@ -158,5 +166,20 @@ fn who_is_not_enrolled_is_not_looked_at() -> Result<()> {
     drop(listener);
     hears_reset(&mut agent)?;
     assert_eq!(watched.taken(), None);
+    Ok(())
+}
+
+#[test]
+fn programs_load_where_nothing_is_known_of_the_kernel_and_what_is_wrong_is_refused() -> Result<()> {
+    if !tier::require(Tier::Kernel) {
+        return Ok(());
+    }
+    let stage = Stage::new()?;
+    let load = |layout| Programs::load_with(&Pins::new(stage.pin_dir()), stage.cgroup(), &[], layout);
+    let (programs, ..) = load(SocketLayout::default())?;
+    ensure!(!programs.knows_unread, "nothing is known");
+    drop(programs);
+    let refused = load(SocketLayout { copied_seq: 1 << 20, queued: 8, socket: 8 }).err();
+    ensure!(matches!(&refused, Some(BpfError::Verify { name: "mesh_sock_ops", .. })), "{refused:?}");
     Ok(())
 }
