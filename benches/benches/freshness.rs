@@ -104,6 +104,7 @@ fn roll(stage: &Stage, kind: Kind) -> Result<bool> {
     println!("FIGURE freshness_rolling_{name}_failed {:.0} requests", rolled.failed);
     println!("FIGURE freshness_rolling_{name}_failed_posts {:.0} requests", rolled.failed_posts);
     println!("FIGURE freshness_rolling_{name}_read_after_close {:.0} requests", rolled.unanswered);
+    println!("FIGURE freshness_rolling_{name}_posts_read_after_close {:.0} requests", rolled.unanswered_posts);
     println!("FIGURE freshness_rolling_{name}_p50 {:.3} ms", rolled.p50);
     println!("FIGURE freshness_rolling_{name}_p99 {:.3} ms", rolled.p99);
     println!("FIGURE freshness_rolling_{name}_max {:.3} ms", rolled.longest);
@@ -113,5 +114,9 @@ fn roll(stage: &Stage, kind: Kind) -> Result<bool> {
     if rolled.failed > 0.0 {
         println!("FAULT {:.0} requests failed while four endpoints ({name}) were replaced", rolled.failed);
     }
-    Ok(rolled.failed == 0.0)
+    let twice = rolled.unanswered_posts - rolled.failed_posts;
+    if twice > 0.0 {
+        println!("FAULT {twice:.0} POSTs that a server ({name}) had read were sent to another");
+    }
+    Ok(rolled.failed == 0.0 && twice <= 0.0)
 }

@@ -51,6 +51,8 @@ pub struct Rolled {
     pub failed_posts: f64,
     /// Requests that a server says it has read on a connection that it had closed already.
     pub unanswered: f64,
+    /// Of these, POSTs: each must have failed.
+    pub unanswered_posts: f64,
     pub p50: f64,
     pub p99: f64,
     pub longest: f64,
@@ -254,7 +256,7 @@ impl Stage {
         let mut load = one.command_in(&self.client, &["probe", "load", "rolled:80", &rate_text, &time])?;
         let began = Instant::now();
         let load = thread::spawn(move || mesh_lab::output(&mut load));
-        let mut unanswered = 0.0;
+        let (mut unanswered, mut unanswered_posts) = (0.0, 0.0);
         thread::sleep(Duration::from_secs(1));
         for (n, task) in tasks.iter_mut().enumerate() {
             let new = run(n % 2, "new")?;
@@ -262,7 +264,9 @@ impl Stage {
             let (at, old) = std::mem::replace(task, new);
             one_of(self, at)?.docker(&["stop", "--time=20", &old.container])?;
             if kind == Kind::Abrupt {
-                unanswered += said(&one_of(self, at)?.docker(&["logs", &old.container])?, "unanswered")?;
+                let log = one_of(self, at)?.docker(&["logs", &old.container])?;
+                unanswered += said(&log, "unanswered")?;
+                unanswered_posts += said(&log, "unanswered-posts")?;
             }
             one_of(self, at)?.stop_task(&old)?;
         }
@@ -283,6 +287,7 @@ impl Stage {
             failed,
             failed_posts,
             unanswered,
+            unanswered_posts,
             p50,
             p99,
             longest,

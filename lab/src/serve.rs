@@ -3,7 +3,8 @@
 //!
 //! Lines on standard output are an event and the time of the machine's clock in nanoseconds: `began`, `listening`,
 //! `told`, `flipped`, and in the end `last`, the last request that came; and `unanswered`, how many requests it has read
-//! on connections that it had closed already. It must not know who asks.
+//! on connections that it had closed already, with `unanswered-posts`, those of them that may not be sent again. It must not
+//! know who asks.
 
 use std::{
     collections::HashMap,
@@ -57,6 +58,7 @@ struct Shared {
     ill: AtomicBool,
     last: AtomicU64,
     unanswered: AtomicU64,
+    unanswered_posts: AtomicU64,
 }
 
 /// Serves `port` until SIGTERM, and then leaves. Every request but those for [`HEALTH`] is answered with `answer`.
@@ -112,6 +114,7 @@ pub fn serve(port: u16, answer: &str, manner: Manner) -> io::Result<()> {
     drop(shared.ended.wait_timeout_while(open, PATIENCE, |open| *open > 0));
     say("last", shared.last.load(Ordering::Relaxed));
     say("unanswered", shared.unanswered.load(Ordering::Relaxed));
+    say("unanswered-posts", shared.unanswered_posts.load(Ordering::Relaxed));
     Ok(())
 }
 
@@ -135,6 +138,9 @@ fn converse(number: u64, stream: TcpStream, shared: &Shared, answer: &str) -> io
         if lock(&shared.idle).remove(&number).is_none() {
             // It came just before the connection was closed, and nobody would hear of what it did (RFC 9112, section 9.6).
             shared.unanswered.fetch_add(1, Ordering::Relaxed);
+            if line.starts_with("POST ") {
+                shared.unanswered_posts.fetch_add(1, Ordering::Relaxed);
+            }
             return Ok(());
         }
         let health = line.split(' ').nth(1) == Some(HEALTH);

@@ -117,6 +117,8 @@ pub enum AgentError {
     Reconciler(#[from] StartError),
     #[error(transparent)]
     Write(#[from] WriteError),
+    #[error("cannot read the cookie of the host's network namespace: SO_NETNS_COOKIE needs Linux 5.14")]
+    Namespace(#[source] io::Error),
     #[error("cannot give a sign of life to the kernel programs")]
     Pulse(#[source] aya::maps::MapError),
     #[error("the control loop has ended by itself, so tasks would no longer be followed: start the agent again")]
@@ -163,7 +165,11 @@ pub async fn run(
     let registrars = registrars(&config, host.address)?;
 
     // The way of a connection: listeners in namespaces, the proxy, tunnels.
-    let namespaces = Arc::new(Namespaces::default());
+    let namespaces = match programs.knows_unread {
+        true => Namespaces::watched(readers.closes.clone()).map_err(AgentError::Namespace)?,
+        false => Namespaces::default(),
+    };
+    let namespaces = Arc::new(namespaces);
     let workers = Arc::new(workers(&config, &identities, &published, &namespaces, &telemetry)?);
     let (drain, draining) = watch::channel(false);
     let servers = Servers {

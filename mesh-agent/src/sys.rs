@@ -4,7 +4,9 @@
 //! also with nonsense: the worst answer is an error. Knows nothing of services, identities or protocols.
 
 pub mod bpf;
+pub mod btf;
 pub mod cgroup;
+pub mod closes;
 pub mod events;
 pub mod flows;
 pub mod maps;

@@ -22,6 +22,9 @@ fn no_padding() {
     exact!(maps::Original, 32, addr::Addr, u32, u32, u32);
     exact!(maps::Direct, 64, u64, maps::Original, addr::Addr, u32);
     exact!(maps::FlowKey, 32, u64, addr::Ip, u64);
+    exact!(maps::CloseKey, 48, u64, addr::Addr, addr::Addr);
+    exact!(maps::Close, 16, u64, u64);
+    exact!(maps::SocketLayout, 12, u32, u32, u32);
     exact!(event::Event, 80, u32, u32, u32, u32, addr::Addr, addr::Addr, u64, u64, u32, u32);
 }
 

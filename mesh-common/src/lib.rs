@@ -16,4 +16,4 @@ pub mod refusal;
 mod layout;
 
 /// Version of everything in this crate that both sides store or read. Raised with every change of a layout.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;

@@ -20,6 +20,8 @@ pub const MAX_FLOWS: u32 = 65_536;
 /// Direct connections whose original destination has a place of its own; what is more is kept with the socket. A power
 /// of two, because the lowest bits of a socket's cookie choose the place.
 pub const MAX_DIRECTS: u32 = 16_384;
+/// Most connections that applications have closed unread, and that the agent has not asked about yet.
+pub const MAX_CLOSES: u32 = 4096;
 /// Size of the ring buffer of [`crate::event::Event`]s, in bytes.
 pub const EVENTS_BYTES: u32 = 256 * 1024;
 
@@ -159,6 +161,41 @@ pub struct FlowKey {
     pub ip: Ip,
     /// Host order, widened so that there is no padding.
     pub port: u64,
+}
+
+/// Key of `CLOSES`: a connection of which both ends are in one namespace, as the one to an application that the agent opens.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct CloseKey {
+    /// Network namespace cookie.
+    pub netns: u64,
+    /// Who connected.
+    pub client: Addr,
+    /// Who accepted.
+    pub server: Addr,
+}
+
+/// Value of `CLOSES`: how an application left a connection that it closed with something unread in it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Close {
+    /// So many octets it had read, of all that it was ever sent on this connection.
+    pub taken: u64,
+    /// When; as [`Heartbeat`].
+    pub at: u64,
+}
+
+/// Where this kernel keeps what no helper tells, in octets from the beginning of its `struct tcp_sock`. Written into the
+/// programs when they are loaded; all zero where it is not known, and then they do not look.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SocketLayout {
+    /// `u32 copied_seq`: what the application has read.
+    pub copied_seq: u32,
+    /// `u32 sk_receive_queue.qlen`: how many segments wait for it.
+    pub queued: u32,
+    /// `struct socket *sk_socket`: what it holds; null before it has accepted the connection.
+    pub socket: u32,
 }
 
 /// Indices of the per-CPU array `COUNTERS` (u64): what the hooks did.

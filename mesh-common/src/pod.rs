@@ -25,3 +25,9 @@ unsafe impl aya::Pod for maps::Original {}
 unsafe impl aya::Pod for maps::Direct {}
 // SAFETY: repr(C), no padding, every bit pattern valid.
 unsafe impl aya::Pod for maps::FlowKey {}
+// SAFETY: repr(C), no padding, every bit pattern valid.
+unsafe impl aya::Pod for maps::CloseKey {}
+// SAFETY: repr(C), no padding, every bit pattern valid.
+unsafe impl aya::Pod for maps::Close {}
+// SAFETY: repr(C), no padding, every bit pattern valid.
+unsafe impl aya::Pod for maps::SocketLayout {}

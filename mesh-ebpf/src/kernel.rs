@@ -9,6 +9,7 @@ mod lifecycle;
 mod maps;
 mod report;
 mod reverse;
+mod unread;
 
 use aya_ebpf::{
     macros::{cgroup_sock_addr, sock_ops},

@@ -5,6 +5,7 @@
 mod faults;
 mod http2;
 mod identity;
+mod leaving;
 mod lifecycle;
 mod names;
 mod readiness;

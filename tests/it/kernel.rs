@@ -6,6 +6,7 @@
 mod cost;
 mod crowd;
 mod edges;
+mod unread;
 
 use std::{
     io::{Read as _, Write as _},

@@ -9,7 +9,9 @@
 //! direction:  open ──read EOF──► shut down the other side ──► ended
 //!             open ──read fails──► reset both                (the source is gone: nobody is left to read)
 //!             open ──write fails──► failed; the opposite direction drains what had been sent, then both are reset
+//!             open ──read EOF after the opposite write was reset──► reset both                (it is no end)
 //!             open ──read EOF, and the other agent has asked what was taken──► that is settled first ([`taken`](super::taken))
+//! of a reset, the other agent is told what was taken where the kernel knows
 //! after EOF of a side nothing reads from it, so its errors are watched for: a reset then resets both (of a tunnel, when
 //!                                                                           what it had sent before is passed on)
 //! ```
@@ -36,6 +38,7 @@ use super::{
     wire::{self, Socket, Wire},
 };
 use crate::{
+    sys::closes::Watched,
     telemetry::{access::Counts, metrics::Outcome},
     transport::tunnel::{LARGEST_FRAME, Tunnel},
 };
@@ -59,10 +62,12 @@ pub(super) async fn both_ways(source: Wire, destination: Wire, counts: &Counts) 
     let mut forth = Flow::new(source.early);
     let mut back = Flow::new(destination.early);
     let (source_gone, destination_gone) = (wire::gone(source.gone), wire::gone(destination.gone));
+    let watched = destination.watched.as_deref();
     let (mut source, mut destination) = (End::from(source.socket), End::from(destination.socket));
     let copied = poll_fn(|cx| {
-        if forth.poll(cx, &mut source, &mut destination, back.total, |n| counts.add_sent(n)).is_err()
-            || back.poll(cx, &mut destination, &mut source, forth.total, |n| counts.add_received(n)).is_err()
+        let (sent, received) = (|n| counts.add_sent(n), |n| counts.add_received(n));
+        if forth.poll(cx, &mut source, &mut destination, Opposite::of(&back, None), sent).is_err()
+            || back.poll(cx, &mut destination, &mut source, Opposite::of(&forth, watched), received).is_err()
         {
             return Poll::Ready(Outcome::Reset);
         }
@@ -86,6 +91,12 @@ pub(super) async fn both_ways(source: Wire, destination: Wire, counts: &Counts) 
         () = destination_gone => Outcome::Reset,
     };
     if ended != Outcome::Ok {
+        if let End::Tunnel(tunnel) = &mut source
+            && tunnel.is_asked()
+            && let Some(taken) = watched.and_then(Watched::taken)
+        {
+            tunnel.reset_with_taken(taken);
+        }
         source.reset();
         destination.reset();
     }
@@ -100,7 +111,24 @@ struct Flow {
     state: State,
     /// Octets written.
     total: u64,
+    /// A write has failed although the destination had not ended its own direction.
+    broken: bool,
     settling: Settling,
+}
+
+/// What a direction has to know of the opposite one.
+#[derive(Clone, Copy)]
+struct Opposite<'a> {
+    written: u64,
+    broken: bool,
+    /// Who tells what was taken of it.
+    watched: Option<&'a Watched>,
+}
+
+impl<'a> Opposite<'a> {
+    fn of(flow: &Flow, watched: Option<&'a Watched>) -> Self {
+        Self { written: flow.total, broken: flow.broken, watched }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -117,17 +145,23 @@ struct Broken;
 
 impl Flow {
     fn new(left: Bytes) -> Self {
-        Self { left, eof: false, state: State::Open, total: 0, settling: Settling::default() }
+        Self { left, eof: false, state: State::Open, total: 0, broken: false, settling: Settling::default() }
     }
 
-    /// Goes on as far as possible. What it waits for is registered with `cx`. `written` is what the opposite direction has
-    /// written to `from`.
+    /// The destination takes no more.
+    fn fail(&mut self, to: &End, error: Option<&io::Error>) {
+        // Who reads from a tunnel knows an end from a reset.
+        self.broken = !matches!(to, End::Tunnel(_)) && error.is_some_and(|error| !wire::had_ended(error));
+        self.state = State::Failed;
+    }
+
+    /// Goes on as far as possible. What it waits for is registered with `cx`.
     fn poll(
         &mut self,
         cx: &mut Context<'_>,
         from: &mut End,
         to: &mut End,
-        written: u64,
+        opposite: Opposite<'_>,
         count: impl Fn(usize),
     ) -> Result<(), Broken> {
         while self.state == State::Open {
@@ -137,17 +171,23 @@ impl Flow {
                         self.total += n as u64;
                         count(n);
                     }
-                    Poll::Ready(Ok(_) | Err(_)) => self.state = State::Failed,
+                    Poll::Ready(Ok(_)) => self.fail(to, None),
+                    Poll::Ready(Err(error)) => self.fail(to, Some(&error)),
                     Poll::Pending => {
                         from.gather(cx);
                         return Ok(());
                     }
                 }
             } else if self.eof {
+                if opposite.broken {
+                    return Err(Broken);
+                }
                 if let (End::Listening(stream, _), End::Tunnel(tunnel)) = (&*from, &mut *to)
                     && tunnel.is_asked()
                 {
-                    let Poll::Ready(taken) = self.settling.poll(cx, stream, written) else { return Ok(()) };
+                    let Poll::Ready(taken) = self.settling.poll(cx, stream, opposite.watched, opposite.written) else {
+                        return Ok(());
+                    };
                     tunnel.tell_taken(taken);
                 }
                 match to.poll_shutdown(cx) {
@@ -227,8 +267,8 @@ impl Flow {
                     count(n);
                     read = &read[n..];
                 }
-                Poll::Ready(Ok(_) | Err(_)) => {
-                    self.state = State::Failed;
+                Poll::Ready(failed) => {
+                    self.fail(to, failed.err().as_ref());
                     return Poll::Ready(Ok(()));
                 }
                 Poll::Pending => {}

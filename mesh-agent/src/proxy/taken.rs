@@ -1,5 +1,6 @@
 //! How much of what was written to an application's socket the application can have read, once it has ended its
-//! direction in order: what its kernel has acknowledged.
+//! direction in order: what its kernel has acknowledged. After a reset that is no answer; what is one then, a hook tells
+//! ([`closes`](crate::sys::closes)).
 //!
 //! A request that is written in the same moment in which an application closes an idle connection is lost to both: the write
 //! succeeds, and the next read is the end. Whether it may be sent again depends on which of the two came first. The
@@ -37,7 +38,10 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-use crate::sys::socket::{self, Acknowledged};
+use crate::sys::{
+    closes::Watched,
+    socket::{self, Acknowledged},
+};
 
 /// An acknowledgement comes within 200 ms.
 const PATIENCE: Duration = Duration::from_millis(300);
@@ -55,12 +59,19 @@ struct Waiting {
 
 impl Settling {
     /// How many of the `written` octets the application may have read. It has ended its direction, and that was read.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>, stream: &TcpStream, written: u64) -> Poll<u64> {
+    pub(super) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        stream: &TcpStream,
+        watched: Option<&Watched>,
+        written: u64,
+    ) -> Poll<u64> {
         // A socket that does not say has perhaps brought all.
         while let Ok(Acknowledged { octets, over }) = socket::acknowledged(stream) {
             if over || octets >= written {
                 self.0 = None;
-                return Poll::Ready(octets.min(written));
+                let read = if over { watched.and_then(Watched::taken) } else { None };
+                return Poll::Ready(octets.min(written).min(read.unwrap_or(u64::MAX)));
             }
             let now = Instant::now();
             let waiting = self.0.get_or_insert_with(|| {

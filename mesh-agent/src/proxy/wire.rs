@@ -18,7 +18,7 @@ use tokio::{
 };
 
 use super::places::Gone;
-use crate::transport::tunnel::Tunnel;
+use crate::{sys::closes::Watched, transport::tunnel::Tunnel};
 
 /// A NAT gateway forgets after 350 s, and a keepalive of the application ends at the proxy; so we send our own.
 const KEEPALIVE: Duration = Duration::from_secs(180);
@@ -30,6 +30,8 @@ pub(super) struct Wire {
     pub(super) socket: Socket,
     /// The task at the other end, where it is one of this host.
     pub(super) gone: Option<Gone>,
+    /// How it leaves the connection, where the kernel tells. Few bytes, because every connection has it.
+    pub(super) watched: Option<Box<Watched>>,
 }
 
 pub(super) enum Socket {
@@ -39,12 +41,16 @@ pub(super) enum Socket {
 
 impl Wire {
     pub(super) fn new(socket: Socket) -> Self {
-        Self { early: Bytes::new(), socket, gone: None }
+        Self { early: Bytes::new(), socket, gone: None, watched: None }
     }
 
-    /// The same, ending with the task that it leads to.
+    /// The same, just connected to a task of this host, and ending with it.
     pub(super) fn until(self, gone: Gone) -> Self {
-        Self { gone: Some(gone), ..self }
+        let watched = match &self.socket {
+            Socket::Tcp(stream) => gone.watch(stream).map(Box::new),
+            Socket::Tunnel(_) => None,
+        };
+        Self { gone: Some(gone), watched, ..self }
     }
 
     /// A connected TCP socket.
@@ -137,6 +143,12 @@ impl Wire {
             }
         }
     }
+}
+
+/// Whether a TCP socket that fails a write so had been sent the peer's end before the reset: the kernel tells the two apart
+/// (`tcp_reset` in `net/ipv4/tcp_input.c`). It tells of a reset once, and a read after that looks like an end in order.
+pub(super) fn had_ended(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::BrokenPipe
 }
 
 /// Waits for the end of the task that a wire leads to; for ever where it leads to none.

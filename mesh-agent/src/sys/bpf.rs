@@ -20,9 +20,10 @@ use aya::{
         links::{FdLink, LinkError},
     },
 };
-use mesh_common::maps::Knobs;
+use mesh_common::maps::{Knobs, SocketLayout};
 
 use super::{
+    btf,
     maps::{Maps, Readers},
     raw,
 };
@@ -30,7 +31,7 @@ use super::{
 /// The object that `cargo xtask build-ebpf` made.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("MESH_EBPF_OBJECT"));
 
-const MAPS: [&str; 13] = [
+const MAPS: [&str; 14] = [
     "KNOBS",
     "HEARTBEAT",
     "NAMESPACES",
@@ -44,6 +45,7 @@ const MAPS: [&str; 13] = [
     "EVENTS",
     "ORIGINALS",
     "DIRECTS",
+    "CLOSES",
 ];
 
 /// In the order in which they are attached: what restores addresses comes before what rewrites them.
@@ -58,6 +60,8 @@ const SOCK_ADDR: [&str; 8] = [
     "mesh_connect6",
 ];
 const SOCK_OPS: &str = "mesh_sock_ops";
+/// A constant of the programs: a [`SocketLayout`].
+const SOCKET_LAYOUT: &str = "SOCKET_LAYOUT";
 
 /// Loading or attaching failed. Nothing new is attached then.
 #[derive(Debug, thiserror::Error)]
@@ -95,6 +99,8 @@ pub struct Programs {
     cgroup: PathBuf,
     /// Whether the maps were another agent's before.
     pub adopted: bool,
+    /// Whether they tell what applications leave unread.
+    pub knows_unread: bool,
     attached: bool,
 }
 
@@ -171,6 +177,29 @@ impl Programs {
     /// # Errors
     /// As [`Programs::load`].
     pub fn load_sized(pins: Pins, cgroup: PathBuf, sizes: &[(&str, u32)]) -> Result<(Self, Maps, Readers), BpfError> {
+        let without = |why: &(dyn std::error::Error + 'static)| {
+            tracing::warn!(error = why, "what an application leaves unread is not known: {}", btf::WITHOUT);
+            Self::load_with(&pins, &cgroup, sizes, SocketLayout::default())
+        };
+        match btf::socket_layout() {
+            Ok(layout) => match Self::load_with(&pins, &cgroup, sizes, layout) {
+                Err(refused @ BpfError::Verify { name: SOCK_OPS, .. }) => without(&refused),
+                loaded => loaded,
+            },
+            Err(unknown) => without(&unknown),
+        }
+    }
+
+    /// The same with programs that know the kernel's `layout`, or nothing of it.
+    ///
+    /// # Errors
+    /// As [`Programs::load`]; the verifier refuses a layout that is not this kernel's.
+    pub fn load_with(
+        pins: &Pins,
+        cgroup: &Path,
+        sizes: &[(&str, u32)],
+        layout: SocketLayout,
+    ) -> Result<(Self, Maps, Readers), BpfError> {
         let adopted = pins.usable();
         if !adopted {
             pins.remove()?;
@@ -180,9 +209,9 @@ impl Programs {
             fs::create_dir_all(&dir).map_err(|source| BpfError::PinDir { path: dir.clone(), source })?;
         }
         let mut loader = EbpfLoader::new();
-        // The programs touch no kernel structure whose layout would have to be looked up, and the kernel's BTF, once read,
-        // takes more memory than everything else here together.
-        loader.btf(None);
+        // The programs have no relocations by the kernel's BTF, which, once read, takes more memory than everything else here
+        // together. The one structure whose layout they need is looked up without it.
+        loader.btf(None).override_global(SOCKET_LAYOUT, &layout, true);
         for name in MAPS {
             loader.map_pin_path(name, maps.join(name));
         }
@@ -197,7 +226,8 @@ impl Programs {
         let program = sock_ops(&mut ebpf)?;
         program.load().map_err(|source| BpfError::Verify { name: SOCK_OPS, source: Box::new(source) })?;
         let (maps, readers) = Maps::take(&mut ebpf)?;
-        Ok((Self { ebpf, pins, cgroup, adopted, attached: false }, maps, readers))
+        let (pins, cgroup, knows_unread) = (pins.clone(), cgroup.to_path_buf(), layout != SocketLayout::default());
+        Ok((Self { ebpf, pins, cgroup, adopted, knows_unread, attached: false }, maps, readers))
     }
 
     /// Attaches every program to the cgroup, or puts it in the place of its predecessor.

@@ -10,16 +10,16 @@ use std::{
 };
 
 use aya::{
-    Ebpf,
+    Ebpf, Pod,
     maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf},
 };
 use mesh_common::{
     addr::Addr,
-    maps::{Endpoint, EndpointKey, FlowKey, GrantKey, Knobs, Namespace, Original, Service, counter},
+    maps::{Close, CloseKey, Endpoint, EndpointKey, FlowKey, GrantKey, Knobs, Namespace, Original, Service, counter},
 };
 use mesh_core::dataplane::{Image, Write};
 
-use super::{bpf::BpfError, flows::Flows, raw};
+use super::{bpf::BpfError, closes::Closes, flows::Flows, raw};
 
 /// A write to a kernel map failed. The kernel then holds the image of the writes before it.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +52,7 @@ pub struct Enrolled {
 /// What the agent reads, and the sign of life that it gives; for other owners than [`Maps`].
 pub struct Readers {
     pub flows: Flows,
+    pub closes: Closes,
     pub counters: Counters,
     pub events: RingBuf<MapData>,
     pub pulse: Pulse,
@@ -85,7 +86,11 @@ impl Maps {
         let heart = ebpf.map("HEARTBEAT").ok_or(BpfError::NoMap { name: "HEARTBEAT" })?;
         let heart = second_handle(heart).map_err(|source| BpfError::MapLayout { name: "HEARTBEAT", source })?;
         let readers = Readers {
-            flows: Flows::new(descriptor("FLOWS", ebpf)?, descriptor("QUERIES", ebpf)?),
+            flows: Flows::new(
+                descriptor::<FlowKey, Original>("FLOWS", ebpf)?,
+                descriptor::<FlowKey, Original>("QUERIES", ebpf)?,
+            ),
+            closes: Closes::new(descriptor::<CloseKey, Close>("CLOSES", ebpf)?),
             counters: Counters(typed("COUNTERS", ebpf)?),
             events: typed("EVENTS", ebpf)?,
             pulse: Pulse(typed("HEARTBEAT", ebpf)?),
@@ -227,9 +232,10 @@ fn typed<T: TryFrom<Map, Error = MapError>>(name: &'static str, ebpf: &mut Ebpf)
     T::try_from(map).map_err(|source| BpfError::MapLayout { name, source })
 }
 
-fn descriptor(name: &'static str, ebpf: &Ebpf) -> Result<Arc<OwnedFd>, BpfError> {
+/// A handle to a map with these keys and values.
+fn descriptor<K: Pod, V: Pod>(name: &'static str, ebpf: &Ebpf) -> Result<Arc<OwnedFd>, BpfError> {
     let map = ebpf.map(name).ok_or(BpfError::NoMap { name })?;
-    HashMap::<_, FlowKey, Original>::try_from(map).map_err(|source| BpfError::MapLayout { name, source })?;
+    HashMap::<_, K, V>::try_from(map).map_err(|source| BpfError::MapLayout { name, source })?;
     let (Map::HashMap(data) | Map::LruHashMap(data)) = map else { return Err(BpfError::NoMap { name }) };
     let fd = data.fd().as_fd().try_clone_to_owned().map_err(|source| BpfError::Descriptor { name, source })?;
     Ok(Arc::new(fd))

@@ -28,6 +28,8 @@ pub const LARGEST_FRAME: usize = h2_settings::FRAME as usize;
 /// Trailer that ends a tunnel of our own agents. Strictly, nothing but DATA belongs on a CONNECT stream (RFC 9113 §8.5), so
 /// it is sent only to who has shown to be one of them.
 const TAKEN_TRAILER: HeaderName = HeaderName::from_static("ecs-mesh-taken");
+/// Beside the other: the tunnel did not end in order. A reset of HTTP/2 has no room for what was taken.
+const RESET_TRAILER: HeaderName = HeaderName::from_static("ecs-mesh-reset");
 /// The most that one write hands over; h2 cuts it into frames.
 const LARGEST_WRITE: usize = 4 * LARGEST_FRAME;
 
@@ -49,6 +51,8 @@ pub struct Receiving {
     /// Length of `held` as it arrived; to be granted again.
     owed: usize,
     ended: bool,
+    /// The peer has said that its end is a reset.
+    reset: bool,
     /// What the peer said at its end about how much of ours its application had taken; [`UNTOLD`] until then.
     taken: Arc<AtomicU64>,
     lease: Option<Arc<Lease>>,
@@ -77,6 +81,7 @@ impl Tunnel {
                 held: Bytes::new(),
                 owed: 0,
                 ended: false,
+                reset: false,
                 taken: Arc::new(AtomicU64::new(UNTOLD)),
                 lease: lease.clone(),
             },
@@ -98,6 +103,16 @@ impl Tunnel {
     /// Tells the peer, when our direction ends in order, how much of its bytes the application has taken.
     pub fn tell_taken(&mut self, taken: u64) {
         self.sending.taken = Some(taken);
+    }
+
+    /// Resets our direction at once, and tells the peer how much of its bytes the application has taken.
+    pub fn reset_with_taken(&mut self, taken: u64) {
+        if !self.sending.ended {
+            self.sending.ended = true;
+            let said = HeaderMap::from_iter([(TAKEN_TRAILER, taken.into()), (RESET_TRAILER, 1.into())]);
+            // One that is broken already needs no reset.
+            drop(self.sending.stream.send_trailers(said));
+        }
     }
 
     /// What the peer says at its end about how much of ours its application had taken by then; [`UNTOLD`] before, and if
@@ -175,6 +190,9 @@ impl Receiving {
     /// Whether there are bytes in `held`; false at the end.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
         while self.held.is_empty() {
+            if self.reset {
+                return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
+            }
             if self.ended {
                 return Poll::Ready(Ok(false));
             }
@@ -188,6 +206,7 @@ impl Receiving {
                     let trailers = ready!(self.stream.poll_trailers(cx)).map_err(broken)?;
                     let said = trailers.as_ref().and_then(|said| said.get(TAKEN_TRAILER)?.to_str().ok()?.parse().ok());
                     self.taken.store(said.unwrap_or(UNTOLD), Ordering::Relaxed);
+                    self.reset = trailers.is_some_and(|said| said.contains_key(RESET_TRAILER));
                     self.ended = true;
                 }
             }

@@ -1,9 +1,12 @@
-//! TCP from SYN to close: where a redirected connection was meant to go, told to the agent before it can accept; and
-//! what a direct connection carried, told when it ends.
+//! TCP from SYN to close: where a redirected connection was meant to go, told to the agent before it can accept; what a
+//! direct connection carried, told when it ends; and what an application closed unread.
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_sock_ops},
+    bindings::{
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_sock_ops,
+    },
     helpers::bpf_get_netns_cookie,
     programs::SockOpsContext,
 };
@@ -18,6 +21,7 @@ use super::{
     directs,
     maps::FLOWS,
     report::{count, emit},
+    unread,
 };
 
 const AF_INET: u32 = 2;
@@ -32,6 +36,7 @@ const CLOSING: u32 = 11;
 pub fn socket_operation(ctx: &SockOpsContext) {
     match ctx.op() {
         BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(ctx),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB if unread::concerns(ctx) => watch(ctx),
         BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == CLOSE => closed(ctx, ctx.arg(0)),
         _ => {}
     }
@@ -61,7 +66,8 @@ fn connecting(ctx: &SockOpsContext) {
 /// Asks to be called when the connection changes its state.
 #[inline(always)]
 fn watch(ctx: &SockOpsContext) {
-    // Failing only loses the clean-up of a connection that ends before it is accepted, or one statistic.
+    // Failing only loses the clean-up of a connection that ends before it is accepted, one statistic, or a request that
+    // could have been sent again.
     let _ = ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32);
 }
 
@@ -73,7 +79,7 @@ fn closed(ctx: &SockOpsContext, before: u32) {
         directs::free(direct);
         return;
     }
-    let Some(original) = original(ctx) else { return };
+    let Some(original) = original(ctx) else { return unread::note(ctx) };
     match original.path {
         // The client has said all it had to say and left; the agent may not have accepted yet, and has to deliver that.
         path::PROXY | path::DNS if matches!(before, FIN_WAIT1 | FIN_WAIT2 | TIME_WAIT | CLOSING) => {}
@@ -129,7 +135,7 @@ fn flow_key(ctx: &SockOpsContext) -> FlowKey {
 }
 
 #[inline(always)]
-fn local_ip(ops: *mut bpf_sock_ops) -> Ip {
+pub fn local_ip(ops: *mut bpf_sock_ops) -> Ip {
     // SAFETY: valid context, here and below.
     if unsafe { (*ops).family } == AF_INET {
         // SAFETY: as above.
@@ -140,7 +146,7 @@ fn local_ip(ops: *mut bpf_sock_ops) -> Ip {
 }
 
 #[inline(always)]
-fn remote(ctx: &SockOpsContext) -> Addr {
+pub fn remote(ctx: &SockOpsContext) -> Addr {
     let ops = ctx.ops;
     // SAFETY: valid context, here and below.
     let ip = if unsafe { (*ops).family } == AF_INET {

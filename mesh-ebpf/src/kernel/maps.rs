@@ -9,8 +9,9 @@ use aya_ebpf::{
 use mesh_common::{
     addr::Addr,
     maps::{
-        Direct, EVENTS_BYTES, Endpoint, EndpointKey, FlowKey, GrantKey, Heartbeat, Knobs, MAX_CGROUPS, MAX_DIRECTS,
-        MAX_ENDPOINTS, MAX_FLOWS, MAX_GRANTS, MAX_NAMESPACES, MAX_SERVICES, Namespace, Original, Service, counter,
+        Close, CloseKey, Direct, EVENTS_BYTES, Endpoint, EndpointKey, FlowKey, GrantKey, Heartbeat, Knobs, MAX_CGROUPS,
+        MAX_CLOSES, MAX_DIRECTS, MAX_ENDPOINTS, MAX_FLOWS, MAX_GRANTS, MAX_NAMESPACES, MAX_SERVICES, Namespace,
+        Original, Service, counter,
     },
 };
 
@@ -42,5 +43,9 @@ pub static EVENTS: RingBuf = RingBuf::with_byte_size(EVENTS_BYTES, 0);
 /// See `directs`.
 #[map]
 pub static DIRECTS: Array<Direct> = Array::with_max_entries(MAX_DIRECTS, 0);
+/// What applications have closed unread. Least recently used goes first: a lost entry costs a request that could have been
+/// sent again.
+#[map]
+pub static CLOSES: LruHashMap<CloseKey, Close> = LruHashMap::with_max_entries(MAX_CLOSES, 0);
 #[btf_map]
 pub static ORIGINALS: SkStorage<Original> = SkStorage::new();

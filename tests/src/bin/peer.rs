@@ -6,15 +6,19 @@ use std::{
     env,
     io::{self, BufRead as _, BufReader, Read, Write},
     net::{Ipv4Addr, SocketAddr, SocketAddrV6, TcpListener, TcpStream, ToSocketAddrs as _},
+    os::fd::AsRawFd as _,
     process::ExitCode,
     thread,
     time::{Duration, Instant},
 };
 
 use mesh_lab::{load, serve};
+use nix::sys::socket::{MsgFlags, recv};
 use socket2::SockRef;
 
 const BLOCK: usize = 256 << 10;
+/// Length of a POST's body.
+const BODY: usize = 4;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
@@ -41,6 +45,11 @@ fn act(words: &[&str]) -> io::Result<()> {
         ["greets", port] => listen(port, greet),
         ["websocket", port] => listen(port, upgrade),
         ["hangs", port] => listen(port, |stream| BufReader::new(stream).read_until(0, &mut Vec::new()).map(drop)),
+        ["leaves", port, octets] => {
+            let octets = number(octets) as usize;
+            listen(port, move |stream| leave(&stream, octets))
+        }
+        ["post", to, count] => post(to, number(count)),
         ["send", to, bytes] => send(&mut dial(to)?, number(bytes)),
         ["pause", to, millis] => pause(&mut dial(to)?, Duration::from_millis(number(millis))),
         ["await-reset", to] => {
@@ -213,6 +222,43 @@ fn upgrade(mut stream: TcpStream) -> io::Result<()> {
           Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n",
     )?;
     io::copy(&mut reader, &mut stream).map(drop)
+}
+
+/// Answers the first request of a connection. Of the second it reads so many octets when all of it is there, and closes.
+/// Says what it has read whole.
+fn leave(stream: &TcpStream, octets: usize) -> io::Result<()> {
+    let mut reader = BufReader::new(stream);
+    let lines = head(&mut reader)?;
+    let mut body = [0; BODY];
+    reader.read_exact(&mut body)?;
+    say(&format!("took {}", String::from_utf8_lossy(&body)));
+    { stream }.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")?;
+    // The next one is as long.
+    let length = lines.iter().map(|line| line.len() + 2).sum::<usize>() + 2 + body.len();
+    let mut next = vec![0; length];
+    let there = recv(stream.as_raw_fd(), &mut next, MsgFlags::MSG_PEEK | MsgFlags::MSG_WAITALL)?;
+    if there == length {
+        { stream }.read_exact(&mut next[..octets])?;
+        say("left");
+    }
+    Ok(())
+}
+
+/// So many POSTs on one connection, one after the other; says how each was answered.
+fn post(to: &str, count: u64) -> io::Result<()> {
+    let mut stream = dial(to)?;
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut statuses = Vec::new();
+    for turn in 0..count {
+        write!(stream, "POST / HTTP/1.1\r\nHost: {to}\r\nContent-Length: {BODY}\r\n\r\n{turn:0BODY$}")?;
+        let lines = head(&mut reader)?;
+        let field = |line: &String| Some(line.to_ascii_lowercase().strip_prefix("content-length:")?.trim().to_owned());
+        let length = lines.iter().find_map(field).map_or(0, |length| number(&length));
+        io::copy(&mut (&mut reader).take(length), &mut io::sink())?;
+        statuses.push(lines[0].split(' ').nth(1).unwrap_or("?").to_owned());
+    }
+    say(&statuses.join(" "));
+    Ok(())
 }
 
 fn talk(to: &str, count: u64) -> io::Result<()> {

@@ -18,8 +18,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("discovery", &["sys::memory"]),
     ("identity", &[]),
     ("transport", &["sys::socket", "identity"]),
-    // Both serve sockets inside a task's namespace and ask where a flow was meant to go.
-    ("proxy", &["sys::socket", "sys::netns", "sys::flows", "transport", "identity"]),
+    // Both serve sockets inside a task's namespace and ask where a flow was meant to go; the proxy also how a task left one.
+    ("proxy", &["sys::socket", "sys::netns", "sys::flows", "sys::closes", "transport", "identity"]),
     ("dns", &["sys::socket", "sys::netns", "sys::flows"]),
     // It asks the applications, by sockets made where they are.
     ("readiness", &["proxy::places"]),

@@ -23,8 +23,9 @@ use tokio::{
 use crate::{
     proxy::{
         taken::Settling,
-        wire::{Socket, Wire},
+        wire::{self, Socket, Wire},
     },
+    sys::closes::Watched,
     transport::tunnel::UNTOLD,
 };
 
@@ -39,9 +40,11 @@ pub(super) struct Parting {
     shut: bool,
     /// Theirs has ended, in order or not.
     ended: bool,
+    /// A write has failed although theirs had not ended: what is read as their end now is none.
+    broken: bool,
     /// Octets written.
     written: Arc<AtomicU64>,
-    /// Of these, how many the application had taken when it ended its direction; [`UNTOLD`] until then. The other agent
+    /// Of these, how many the application had taken when it ended its direction or reset both; [`UNTOLD`] until then. The other agent
     /// says so; of a task of this host the kernel does. `None`: nobody will.
     taken: Option<Arc<AtomicU64>>,
     settling: Settling,
@@ -54,7 +57,8 @@ impl Parting {
             Socket::Tcp(_) => wire.gone.is_some().then(|| Arc::new(AtomicU64::new(UNTOLD))),
         };
         let settling = Settling::default();
-        Self { wire: Some(wire), shut: false, ended: false, written: Arc::default(), taken, settling }
+        let wire = Some(wire);
+        Self { wire, shut: false, ended: false, broken: false, written: Arc::default(), taken, settling }
     }
 
     /// How many octets were written to it, also when it is gone.
@@ -67,26 +71,44 @@ impl Parting {
         self.taken.clone()
     }
 
-    fn count(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        if let Poll::Ready(Ok(length)) = &written {
-            self.written.fetch_add(*length as u64, Ordering::Relaxed);
+    fn count(&mut self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        match &written {
+            Poll::Ready(Ok(length)) => {
+                self.written.fetch_add(*length as u64, Ordering::Relaxed);
+            }
+            Poll::Ready(Err(error)) => {
+                self.broken |= !wire::had_ended(error);
+                self.ask();
+            }
+            Poll::Pending => {}
         }
         written
     }
 
+    /// The connection was reset: the kernel may know how much the application had read of it.
+    fn ask(&self) {
+        let watched = self.wire.as_ref().and_then(|wire| wire.watched.as_ref());
+        if let (Some(watched), Some(taken)) = (watched, &self.taken)
+            && let Some(read) = watched.taken()
+        {
+            taken.store(read, Ordering::Relaxed);
+        }
+    }
+
     /// The socket of which we find out ourselves how much was taken.
-    fn settles(&self) -> Option<(&TcpStream, &AtomicU64)> {
-        match &self.wire.as_ref()?.socket {
-            Socket::Tcp(stream) => Some((stream, self.taken.as_ref()?)),
-            Socket::Tunnel(_) => None,
+    fn settles(&self) -> Option<(&TcpStream, Option<&Watched>, &AtomicU64)> {
+        let wire = self.wire.as_ref()?;
+        match &wire.socket {
+            Socket::Tcp(stream) if !self.broken => Some((stream, wire.watched.as_deref(), self.taken.as_ref()?)),
+            Socket::Tcp(_) | Socket::Tunnel(_) => None,
         }
     }
 
     fn poll_settle(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let mut settling = std::mem::take(&mut self.settling);
         let settled = match self.settles() {
-            Some((stream, taken)) => settling
-                .poll(cx, stream, self.written.load(Ordering::Relaxed))
+            Some((stream, watched, taken)) => settling
+                .poll(cx, stream, watched, self.written.load(Ordering::Relaxed))
                 .map(|known| taken.store(known, Ordering::Relaxed)),
             None => Poll::Ready(()),
         };
@@ -128,6 +150,9 @@ impl AsyncRead for Parting {
         if end {
             // Who hears of the end wants to know at once what it means.
             ready!(self.poll_settle(cx));
+        }
+        if read.is_err() {
+            self.ask();
         }
         self.ended |= end || read.is_err();
         Poll::Ready(read)

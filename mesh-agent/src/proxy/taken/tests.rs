@@ -25,7 +25,7 @@ async fn connected() -> (TcpStream, std::net::TcpStream) {
 async fn settled(stream: &mut TcpStream, written: u64) -> u64 {
     assert_eq!(stream.read(&mut [0; 8]).await.unwrap(), 0, "it ends in order");
     let mut settling = Settling::default();
-    let taken = poll_fn(|cx| settling.poll(cx, stream, written));
+    let taken = poll_fn(|cx| settling.poll(cx, stream, None, written));
     let taken = soon(taken).await;
     assert!(!settling.is_under_way());
     taken

@@ -9,7 +9,11 @@ use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
 use hyper::{Method, Request, Response, client::conn::http1::SendRequest, service::service_fn};
 use hyper_util::rt::TokioIo;
-use tokio::{io::AsyncWriteExt as _, sync::watch, task::JoinSet};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    sync::watch,
+    task::JoinSet,
+};
 
 use super::{
     two_agents::{Far, far},
@@ -24,7 +28,7 @@ use crate::{
     transport::{
         To,
         accept::{Acceptance, Arrival, serve},
-        tunnel::Tunnel,
+        tunnel::{Tunnel, UNTOLD},
     },
 };
 
@@ -137,8 +141,8 @@ where
 const SAID: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nsaid";
 
 /// Another agent in front of an application that answers one request of each connection. Of the first connection it then
-/// takes `taken` octets of the next request, and closes; the agent had been sent all of it.
-async fn one_each(identities: Identities, taken: u64) -> (SocketAddr, Arc<AtomicUsize>) {
+/// takes `taken` octets of the next request, and closes, or resets; the agent had been sent all of it.
+async fn one_each(identities: Identities, taken: u64, resets: bool) -> (SocketAddr, Arc<AtomicUsize>) {
     let connections = Arc::new(AtomicUsize::new(0));
     let counted = connections.clone();
     let at = tunnels(identities, move |mut tunnel| {
@@ -149,6 +153,9 @@ async fn one_each(identities: Identities, taken: u64) -> (SocketAddr, Arc<Atomic
             tunnel.write_all(SAID).await.unwrap();
             if first {
                 until(&mut tunnel, "\r\n\r\nbody").await;
+                if resets {
+                    return tunnel.reset_with_taken(length + taken);
+                }
             }
             tunnel.shutdown().await.unwrap();
             drop(rest(&mut tunnel).await);
@@ -165,15 +172,17 @@ async fn post(sender: &mut SendRequest<Full<Bytes>>) -> u16 {
 
 #[tokio::test]
 async fn a_post_that_the_application_was_not_given_is_sent_again_and_no_other() {
-    for (taken, expected, connections) in [(0, 200, 2), (1, 502, 1)] {
+    for (taken, resets, expected, connections) in
+        [(0, false, 200, 2), (1, false, 502, 1), (0, true, 200, 2), (1, true, 502, 1)]
+    {
         let identities = Identities::new(ca("demo.mesh"), DAY);
-        let (at, counted) = one_each(identities.clone(), taken).await;
+        let (at, counted) = one_each(identities.clone(), taken, resets).await;
         let near = Agent::with(identities);
         let app = "127.0.0.1:9".parse().unwrap();
         near.publish(snapshot(Protocol::Http, vec![endpoint(app, Reach::Tunnel { agent: at }, &id("world"))]));
         let mut sender = client_of(near.listen().await).await;
         assert_eq!(post(&mut sender).await, 200);
-        assert_eq!(post(&mut sender).await, expected, "{taken} octets taken");
+        assert_eq!(post(&mut sender).await, expected, "{taken} octets taken, reset: {resets}");
         assert_eq!(counted.load(Ordering::Relaxed), connections);
     }
 }
@@ -219,6 +228,37 @@ async fn told(closed_before: bool) -> u64 {
 #[tokio::test]
 async fn what_an_application_was_not_given_before_its_end_is_not_taken_although_it_was_written() {
     assert_eq!((told(true).await, told(false).await), (0, 7));
+}
+
+#[tokio::test]
+async fn a_reset_that_a_write_has_met_is_passed_on_as_one() {
+    let identities = Identities::new(ca("demo.mesh"), DAY);
+    let at = tunnels(identities.clone(), move |mut tunnel| async move {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut ours = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let mut app = listener.accept().await.unwrap().0;
+        ours.write_all(b"re").await.unwrap();
+        until(&mut app, "re").await;
+        app.set_zero_linger().unwrap();
+        drop(app);
+        // The write takes the error, and a read after it would look like an end.
+        let rest = until(&mut tunnel, "quest").await;
+        let source = Wire::new(Socket::Tunnel(Box::new(tunnel))).rewound(rest.into());
+        copy::both_ways(source, Wire::tcp(ours), &Counts::default()).await;
+    });
+    let to = To {
+        agent: at.await,
+        authority: "127.0.0.1:9".parse().unwrap(),
+        from: id("web"),
+        expect: id("world"),
+        elsewhere: true,
+    };
+    let mut tunnel = Dialer::new(identities, Settings::default()).unwrap().open(&to).await.unwrap();
+    let taken = tunnel.taken();
+    tunnel.write_all(b"quest").await.unwrap();
+    let read = soon(tunnel.read_u8()).await;
+    assert_eq!(read.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+    assert_eq!(taken.load(Ordering::Relaxed), UNTOLD);
 }
 
 #[tokio::test]

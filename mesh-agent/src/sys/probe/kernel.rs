@@ -20,6 +20,7 @@ use super::{
     parse::{self, Mount},
     read,
 };
+use crate::sys::btf;
 
 const OLDEST: (u32, u32) = (5, 15);
 const RECOMMENDED: (u32, u32) = (6, 1);
@@ -112,13 +113,13 @@ pub(super) fn bpf() -> Finding {
 }
 
 pub(super) fn btf() -> Finding {
-    let (name, path) = ("BTF", "/sys/kernel/btf/vmlinux");
-    match fs::metadata(path) {
-        Ok(_) => Finding::ok(name, path),
+    let name = "BTF";
+    match btf::socket_layout() {
+        Ok(_) => Finding::ok(name, btf::PATH),
         Err(error) => Finding::warn(
             name,
-            format!("cannot see {path}: {error}"),
-            "mount sysfs at /sys, or use a kernel with CONFIG_DEBUG_INFO_BTF",
+            format!("{}; {}", chain(&error), btf::WITHOUT),
+            "mount sysfs at /sys, or use a kernel of a distribution, with CONFIG_DEBUG_INFO_BTF",
         ),
     }
 }

@@ -5,7 +5,7 @@
 //! idempotent (RFC 9110 §9.2.2, RFC 9112 §9.3.1). The last happens when a server leaves: connections that it had not yet
 //! accepted end with its listener. On a new connection it is done once, because the request itself may be what the server
 //! does not survive. Any request is sent again when the other agent says, or of a task of this host the kernel, that the
-//! application had closed the connection before it was given one octet of it. Must not know how bodies are moved.
+//! application has closed the connection and not read one octet of it. Must not know how bodies are moved.
 
 use std::sync::{Arc, atomic::Ordering};
 

@@ -39,7 +39,7 @@ pub(super) struct Sender {
     pub(super) requests: SendRequest<Upload>,
     /// Octets written to it.
     written: Arc<AtomicU64>,
-    /// Of these, how many the application had taken when it ended the connection in order; `None` where nobody will say.
+    /// Of these, how many the application had taken when it ended the connection; `None` where nobody will say.
     taken: Option<Arc<AtomicU64>>,
     /// When a certificate that it was made with expires.
     good_until: Option<SystemTime>,
@@ -61,8 +61,8 @@ impl Sender {
         self.taken.is_some()
     }
 
-    /// Whether the application has ended the connection without having been given one octet from `position` on: it had done
-    /// so before, and the request has met its end on the way.
+    /// Whether the application has ended the connection without having read one octet from `position` on: it had done so
+    /// before, and the request has met its end on the way, or lay unread.
     pub(super) fn has_missed(&self, position: u64) -> bool {
         let taken = self.taken.as_ref().map(|taken| taken.load(Ordering::Relaxed));
         taken.is_some_and(|taken| taken != UNTOLD && taken <= position)
