@@ -3,6 +3,8 @@
 //! The SDK's own retries are off: how often may be asked is decided in one place, the pace of each backend. Must not
 //! know what is asked for.
 
+pub mod gate;
+
 use std::{error::Error, time::Duration};
 
 use aws_config::{
