@@ -47,8 +47,13 @@ pub enum Trouble {
          intervals or the account's quota"
     )]
     Throttled { action: &'static str, code: String },
-    #[error("AWS refuses {action} ({said}): the agent's role needs the IAM action {action}")]
-    Denied { action: &'static str, said: String },
+    #[error("AWS refuses {action} ({said}): the agent's role needs the IAM action {needed}")]
+    Denied {
+        action: &'static str,
+        said: String,
+        /// The action that is lacking: not always the one that was called.
+        needed: String,
+    },
     #[error("AWS does not take the agent's credentials for {action} ({said}): see the instance's role")]
     Credentials { action: &'static str, said: String },
     #[error(
@@ -125,7 +130,7 @@ impl Trouble {
                 let body = String::from_utf8_lossy(odd.raw().body().bytes().unwrap_or_default());
                 let body: String = body.chars().take(200).flat_map(char::escape_debug).collect();
                 let said = format!("status {status}: {body}");
-                if status == 403 { Self::Denied { action, said } } else { Self::Failed { action, said } }
+                if status == 403 { Self::denied(action, said) } else { Self::Failed { action, said } }
             }
             other @ (SdkError::ResponseError(_) | _) => Self::Malformed { action, source: other.into_source().ok() },
         }
@@ -155,7 +160,7 @@ impl Trouble {
             | "SlowDown" => Self::Throttled { action, code },
             "RequestTimeTooSkewed" | "RequestExpired" | "RequestInTheFuture" => Self::Clock { action, said },
             "InvalidSignatureException" | "SignatureDoesNotMatch" if is_late => Self::Clock { action, said },
-            "AccessDeniedException" | "AccessDenied" | "UnauthorizedOperation" => Self::Denied { action, said },
+            "AccessDeniedException" | "AccessDenied" | "UnauthorizedOperation" => Self::denied(action, said),
             "UnrecognizedClientException"
             | "InvalidClientTokenId"
             | "ExpiredToken"
@@ -175,6 +180,18 @@ impl Trouble {
             _ if status == 429 => Self::Throttled { action, code },
             _ => Self::Failed { action, said },
         }
+    }
+
+    /// A request is refused. Cloud Map does some things in the caller's name, such as what Route 53 is asked: then the words
+    /// name another action than the one that was called.
+    fn denied(action: &'static str, said: String) -> Self {
+        let named = said.split_once("to perform: ").map(|(_, rest)| rest.trim_start());
+        let named =
+            named.and_then(|rest| rest.split(|c: char| !(c.is_ascii_alphanumeric() || ":-_*".contains(c))).next());
+        let named =
+            named.filter(|name| name.split_once(':').is_some_and(|(api, verb)| !api.is_empty() && !verb.is_empty()));
+        let needed = named.unwrap_or(action).to_owned();
+        Self::Denied { action, said, needed }
     }
 }
 
@@ -270,6 +287,14 @@ mod tests {
                 Some("User: a is not"),
                 false,
                 "AWS refuses servicediscovery:DiscoverInstances (",
+            ),
+            (
+                "AccessDeniedException",
+                Some("User: a is not authorized to perform: route53:ChangeResourceRecordSets on resource: b because"),
+                false,
+                "AWS refuses servicediscovery:DiscoverInstances (AccessDeniedException: User: a is not authorized to \
+                 perform: route53:ChangeResourceRecordSets on resource: b because): the agent's role needs the IAM action \
+                 route53:ChangeResourceRecordSets",
             ),
             (
                 "RequestTimeTooSkewed",
