@@ -36,8 +36,8 @@ pub enum Trouble {
     )]
     NoCredentials(#[source] BoxError),
     #[error(
-        "cannot reach the AWS API for {action}: is there a route to its endpoint, and are `endpoint` or AWS_ENDPOINT_URL \
-         right where they are set?"
+        "cannot reach the AWS API for {action}: is there a route to its endpoint, and are `endpoint`, `data_endpoint` or \
+         AWS_ENDPOINT_URL right where they are set?"
     )]
     Unreachable { action: &'static str, source: BoxError },
     #[error("the AWS API did not answer {action} within {SOON:?}: is it overloaded, or the network lossy?")]
@@ -236,14 +236,18 @@ pub async fn load(aws: &Aws) -> Result<SdkConfig, Trouble> {
     if config.region().is_none() { Err(Trouble::NoRegion) } else { Ok(config) }
 }
 
-/// Cloud Map's data plane has a host of its own: the SDK puts `data-` before the endpoint's name. Before an address, as
-/// of a double or of a port that is forwarded, that makes a name that nobody has.
+/// Cloud Map's data plane has a host of its own, whose name is `data-` and that of the control plane: so the SDK puts
+/// `data-` before any endpoint that it is told. That makes a name that nobody has of an address, of the name of a VPC
+/// endpoint, and of a server that stands in for AWS.
 #[derive(Debug)]
-pub(super) struct NoPrefixBeforeAddress;
+pub(super) struct DataPlane {
+    /// The configuration names an endpoint.
+    pub(super) is_configured: bool,
+}
 
-impl Intercept for NoPrefixBeforeAddress {
+impl Intercept for DataPlane {
     fn name(&self) -> &'static str {
-        "NoPrefixBeforeAddress"
+        "DataPlane"
     }
 
     fn modify_before_signing(
@@ -253,19 +257,24 @@ impl Intercept for NoPrefixBeforeAddress {
         _config: &mut ConfigBag,
     ) -> Result<(), BoxError> {
         let request = context.request_mut();
-        if let Some(uri) = without_prefix(request.uri()) {
+        if let Some(uri) = self.without_prefix(request.uri()) {
             request.set_uri(uri)?;
         }
         Ok(())
     }
 }
 
-fn without_prefix(uri: &str) -> Option<String> {
-    let (scheme, rest) = uri.split_once("://data-")?;
-    let host = rest.split('/').next()?;
-    let addr = host.parse::<std::net::SocketAddr>().is_ok() || host.parse::<std::net::IpAddr>().is_ok();
-    let local = host.split(':').next() == Some("localhost");
-    (addr || local).then(|| format!("{scheme}://{rest}"))
+impl DataPlane {
+    /// The endpoint itself, where the SDK has made something of it that is not there.
+    fn without_prefix(&self, uri: &str) -> Option<String> {
+        let (scheme, rest) = uri.split_once("://data-")?;
+        let host = rest.split('/').next()?;
+        let addr = host.parse::<std::net::SocketAddr>().is_ok() || host.parse::<std::net::IpAddr>().is_ok();
+        let local = host.split(':').next() == Some("localhost");
+        // AWS's own name of the control plane, which has a twin.
+        let has_twin = host.starts_with("servicediscovery");
+        (addr || local || self.is_configured && !has_twin).then(|| format!("{scheme}://{rest}"))
+    }
 }
 
 #[cfg(test)]
@@ -325,15 +334,22 @@ mod tests {
     }
 
     #[test]
-    fn a_prefix_stays_before_a_name() {
-        for (uri, expected) in [
-            ("http://data-127.0.0.1:5000/", Some("http://127.0.0.1:5000/")),
-            ("http://data-[::1]:5000/", Some("http://[::1]:5000/")),
-            ("http://data-localhost:5000/x", Some("http://localhost:5000/x")),
-            ("https://data-servicediscovery.eu-central-1.amazonaws.com/", None),
-            ("https://ecs.eu-central-1.amazonaws.com/", None),
+    fn the_data_plane_is_where_the_configuration_says() {
+        let vpc = "https://data-vpce-1.data-servicediscovery.eu-central-1.vpce.amazonaws.com/";
+        for (uri, otherwise, configured) in [
+            ("http://data-127.0.0.1:5000/", Some("http://127.0.0.1:5000/"), Some("http://127.0.0.1:5000/")),
+            ("http://data-[::1]:5000/", Some("http://[::1]:5000/"), Some("http://[::1]:5000/")),
+            ("http://data-localhost:5000/x", Some("http://localhost:5000/x"), Some("http://localhost:5000/x")),
+            ("http://data-moto:5000/", None, Some("http://moto:5000/")),
+            (vpc, None, Some("https://vpce-1.data-servicediscovery.eu-central-1.vpce.amazonaws.com/")),
+            ("https://data-data-servicediscovery.x.api.aws/", None, Some("https://data-servicediscovery.x.api.aws/")),
+            ("https://data-servicediscovery.eu-central-1.amazonaws.com/", None, None),
+            ("https://data-servicediscovery-fips.us-east-1.api.aws/", None, None),
         ] {
-            assert_eq!(without_prefix(uri).as_deref(), expected, "{uri}");
+            for (is_configured, expected) in [(false, otherwise), (true, configured)] {
+                let found = DataPlane { is_configured }.without_prefix(uri);
+                assert_eq!(found.as_deref(), expected, "{uri} {is_configured}");
+            }
         }
     }
 }

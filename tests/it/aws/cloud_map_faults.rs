@@ -3,6 +3,7 @@
 //! The double speaks AWS's protocol, and AWS's own description of the API judges what it was asked and what it said.
 
 use std::{
+    collections::BTreeSet,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -176,6 +177,22 @@ fn throttled_lists_leave_health_fresh() -> Result<()> {
     double.change(usual);
     running.await_well()?;
     double.judge()
+}
+
+#[test]
+fn each_plane_has_an_endpoint_of_its_own() -> Result<()> {
+    if !require(Tier::Aws) {
+        return Ok(());
+    }
+    let (control, data) = (Double::start(Api::CloudMap, usual)?, Double::start(Api::CloudMap, usual)?);
+    let running =
+        Running::cloud_map(&control.address(), &format!("{NAMESPACE}data_endpoint = \"{}\"", data.address()))?;
+    running.await_seen(SEEN)?;
+    let all = |double: &Double| double.asked().into_iter().map(|it| it.action).collect::<BTreeSet<_>>();
+    ensure!(all(&control).iter().eq(["ListNamespaces", "ListServices"]), "{:?}", all(&control));
+    ensure!(all(&data).iter().eq(["DiscoverInstances"]), "{:?}", all(&data));
+    control.judge()?;
+    data.judge()
 }
 
 #[test]

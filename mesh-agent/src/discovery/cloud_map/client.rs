@@ -21,7 +21,7 @@ use mesh_core::{
     instance::meta,
 };
 
-use super::super::aws::{self, NoPrefixBeforeAddress, Trouble, gate::Gate};
+use super::super::aws::{self, DataPlane, Trouble, gate::Gate};
 
 const LIST_NAMESPACES: &str = "servicediscovery:ListNamespaces";
 const LIST_SERVICES: &str = "servicediscovery:ListServices";
@@ -73,7 +73,10 @@ impl Turn<'_> {
 /// See the module's text.
 #[derive(Debug)]
 pub struct Client {
+    /// The control plane.
     api: aws_sdk_servicediscovery::Client,
+    /// The data plane: it tells instances, and nothing else.
+    data: aws_sdk_servicediscovery::Client,
     /// Ids of the namespaces, once known.
     ids: Mutex<BTreeMap<usize, Arc<str>>>,
 }
@@ -83,8 +86,17 @@ impl Client {
     /// No region is known.
     pub async fn new(config: &CloudMap) -> Result<Self, Trouble> {
         let shared = aws::load(&config.aws).await?;
-        let own = aws_sdk_servicediscovery::config::Builder::from(&shared).interceptor(NoPrefixBeforeAddress).build();
-        Ok(Self { api: aws_sdk_servicediscovery::Client::from_conf(own), ids: Mutex::default() })
+        let is_configured = config.data_endpoint.is_some() || config.aws.endpoint.is_some();
+        let mut data = aws_sdk_servicediscovery::config::Builder::from(&shared);
+        if let Some(endpoint) = &config.data_endpoint {
+            data = data.endpoint_url(endpoint);
+        }
+        let data = data.interceptor(DataPlane { is_configured }).build();
+        Ok(Self {
+            api: aws_sdk_servicediscovery::Client::new(&shared),
+            data: aws_sdk_servicediscovery::Client::from_conf(data),
+            ids: Mutex::default(),
+        })
     }
 
     /// Where an answer has pages, those after the first one wait at the `gate`.
@@ -226,7 +238,7 @@ impl Client {
 
     /// The instances of a service; only those of an `owner`, where there is one.
     async fn instances(&self, namespace: &str, service: &str, owner: Option<&str>) -> Result<Vec<Instance>, Trouble> {
-        let asked = self.api.discover_instances().namespace_name(namespace).service_name(service);
+        let asked = self.data.discover_instances().namespace_name(namespace).service_name(service);
         let largest = i32::try_from(LARGEST_ANSWER).unwrap_or(i32::MAX);
         // All of them, so that one that is ill is told from one that is gone.
         let asked = asked.health_status(HealthStatusFilter::All).max_results(largest);
