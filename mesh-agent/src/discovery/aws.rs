@@ -3,6 +3,8 @@
 //! The SDK's own retries are off: how often may be asked is decided in one place, the pace of each backend. Must not
 //! know what is asked for.
 
+pub mod gate;
+
 use std::{error::Error, time::Duration};
 
 use aws_config::{
@@ -34,8 +36,8 @@ pub enum Trouble {
     )]
     NoCredentials(#[source] BoxError),
     #[error(
-        "cannot reach the AWS API for {action}: is there a route to its endpoint, and are `endpoint` or AWS_ENDPOINT_URL \
-         right where they are set?"
+        "cannot reach the AWS API for {action}: is there a route to its endpoint, and are `endpoint`, `data_endpoint` or \
+         AWS_ENDPOINT_URL right where they are set?"
     )]
     Unreachable { action: &'static str, source: BoxError },
     #[error("the AWS API did not answer {action} within {SOON:?}: is it overloaded, or the network lossy?")]
@@ -45,8 +47,13 @@ pub enum Trouble {
          intervals or the account's quota"
     )]
     Throttled { action: &'static str, code: String },
-    #[error("AWS refuses {action} ({said}): the agent's role needs the IAM action {action}")]
-    Denied { action: &'static str, said: String },
+    #[error("AWS refuses {action} ({said}): the agent's role needs the IAM action {needed}")]
+    Denied {
+        action: &'static str,
+        said: String,
+        /// The action that is lacking: not always the one that was called.
+        needed: String,
+    },
     #[error("AWS does not take the agent's credentials for {action} ({said}): see the instance's role")]
     Credentials { action: &'static str, said: String },
     #[error(
@@ -123,7 +130,7 @@ impl Trouble {
                 let body = String::from_utf8_lossy(odd.raw().body().bytes().unwrap_or_default());
                 let body: String = body.chars().take(200).flat_map(char::escape_debug).collect();
                 let said = format!("status {status}: {body}");
-                if status == 403 { Self::Denied { action, said } } else { Self::Failed { action, said } }
+                if status == 403 { Self::denied(action, said) } else { Self::Failed { action, said } }
             }
             other @ (SdkError::ResponseError(_) | _) => Self::Malformed { action, source: other.into_source().ok() },
         }
@@ -153,7 +160,7 @@ impl Trouble {
             | "SlowDown" => Self::Throttled { action, code },
             "RequestTimeTooSkewed" | "RequestExpired" | "RequestInTheFuture" => Self::Clock { action, said },
             "InvalidSignatureException" | "SignatureDoesNotMatch" if is_late => Self::Clock { action, said },
-            "AccessDeniedException" | "AccessDenied" | "UnauthorizedOperation" => Self::Denied { action, said },
+            "AccessDeniedException" | "AccessDenied" | "UnauthorizedOperation" => Self::denied(action, said),
             "UnrecognizedClientException"
             | "InvalidClientTokenId"
             | "ExpiredToken"
@@ -173,6 +180,18 @@ impl Trouble {
             _ if status == 429 => Self::Throttled { action, code },
             _ => Self::Failed { action, said },
         }
+    }
+
+    /// A request is refused. Cloud Map does some things in the caller's name, such as what Route 53 is asked: then the words
+    /// name another action than the one that was called.
+    fn denied(action: &'static str, said: String) -> Self {
+        let named = said.split_once("to perform: ").map(|(_, rest)| rest.trim_start());
+        let named =
+            named.and_then(|rest| rest.split(|c: char| !(c.is_ascii_alphanumeric() || ":-_*".contains(c))).next());
+        let named =
+            named.filter(|name| name.split_once(':').is_some_and(|(api, verb)| !api.is_empty() && !verb.is_empty()));
+        let needed = named.unwrap_or(action).to_owned();
+        Self::Denied { action, said, needed }
     }
 }
 
@@ -217,14 +236,18 @@ pub async fn load(aws: &Aws) -> Result<SdkConfig, Trouble> {
     if config.region().is_none() { Err(Trouble::NoRegion) } else { Ok(config) }
 }
 
-/// Cloud Map's data plane has a host of its own: the SDK puts `data-` before the endpoint's name. Before an address, as
-/// of a double or of a port that is forwarded, that makes a name that nobody has.
+/// Cloud Map's data plane has a host of its own, whose name is `data-` and that of the control plane: so the SDK puts
+/// `data-` before any endpoint that it is told. That makes a name that nobody has of an address, of the name of a VPC
+/// endpoint, and of a server that stands in for AWS.
 #[derive(Debug)]
-pub(super) struct NoPrefixBeforeAddress;
+pub(super) struct DataPlane {
+    /// The configuration names an endpoint.
+    pub(super) is_configured: bool,
+}
 
-impl Intercept for NoPrefixBeforeAddress {
+impl Intercept for DataPlane {
     fn name(&self) -> &'static str {
-        "NoPrefixBeforeAddress"
+        "DataPlane"
     }
 
     fn modify_before_signing(
@@ -234,19 +257,24 @@ impl Intercept for NoPrefixBeforeAddress {
         _config: &mut ConfigBag,
     ) -> Result<(), BoxError> {
         let request = context.request_mut();
-        if let Some(uri) = without_prefix(request.uri()) {
+        if let Some(uri) = self.without_prefix(request.uri()) {
             request.set_uri(uri)?;
         }
         Ok(())
     }
 }
 
-fn without_prefix(uri: &str) -> Option<String> {
-    let (scheme, rest) = uri.split_once("://data-")?;
-    let host = rest.split('/').next()?;
-    let addr = host.parse::<std::net::SocketAddr>().is_ok() || host.parse::<std::net::IpAddr>().is_ok();
-    let local = host.split(':').next() == Some("localhost");
-    (addr || local).then(|| format!("{scheme}://{rest}"))
+impl DataPlane {
+    /// The endpoint itself, where the SDK has made something of it that is not there.
+    fn without_prefix(&self, uri: &str) -> Option<String> {
+        let (scheme, rest) = uri.split_once("://data-")?;
+        let host = rest.split('/').next()?;
+        let addr = host.parse::<std::net::SocketAddr>().is_ok() || host.parse::<std::net::IpAddr>().is_ok();
+        let local = host.split(':').next() == Some("localhost");
+        // AWS's own name of the control plane, which has a twin.
+        let has_twin = host.starts_with("servicediscovery");
+        (addr || local || self.is_configured && !has_twin).then(|| format!("{scheme}://{rest}"))
+    }
 }
 
 #[cfg(test)]
@@ -268,6 +296,14 @@ mod tests {
                 Some("User: a is not"),
                 false,
                 "AWS refuses servicediscovery:DiscoverInstances (",
+            ),
+            (
+                "AccessDeniedException",
+                Some("User: a is not authorized to perform: route53:ChangeResourceRecordSets on resource: b because"),
+                false,
+                "AWS refuses servicediscovery:DiscoverInstances (AccessDeniedException: User: a is not authorized to \
+                 perform: route53:ChangeResourceRecordSets on resource: b because): the agent's role needs the IAM action \
+                 route53:ChangeResourceRecordSets",
             ),
             (
                 "RequestTimeTooSkewed",
@@ -298,15 +334,22 @@ mod tests {
     }
 
     #[test]
-    fn a_prefix_stays_before_a_name() {
-        for (uri, expected) in [
-            ("http://data-127.0.0.1:5000/", Some("http://127.0.0.1:5000/")),
-            ("http://data-[::1]:5000/", Some("http://[::1]:5000/")),
-            ("http://data-localhost:5000/x", Some("http://localhost:5000/x")),
-            ("https://data-servicediscovery.eu-central-1.amazonaws.com/", None),
-            ("https://ecs.eu-central-1.amazonaws.com/", None),
+    fn the_data_plane_is_where_the_configuration_says() {
+        let vpc = "https://data-vpce-1.data-servicediscovery.eu-central-1.vpce.amazonaws.com/";
+        for (uri, otherwise, configured) in [
+            ("http://data-127.0.0.1:5000/", Some("http://127.0.0.1:5000/"), Some("http://127.0.0.1:5000/")),
+            ("http://data-[::1]:5000/", Some("http://[::1]:5000/"), Some("http://[::1]:5000/")),
+            ("http://data-localhost:5000/x", Some("http://localhost:5000/x"), Some("http://localhost:5000/x")),
+            ("http://data-moto:5000/", None, Some("http://moto:5000/")),
+            (vpc, None, Some("https://vpce-1.data-servicediscovery.eu-central-1.vpce.amazonaws.com/")),
+            ("https://data-data-servicediscovery.x.api.aws/", None, Some("https://data-servicediscovery.x.api.aws/")),
+            ("https://data-servicediscovery.eu-central-1.amazonaws.com/", None, None),
+            ("https://data-servicediscovery-fips.us-east-1.api.aws/", None, None),
         ] {
-            assert_eq!(without_prefix(uri).as_deref(), expected, "{uri}");
+            for (is_configured, expected) in [(false, otherwise), (true, configured)] {
+                let found = DataPlane { is_configured }.without_prefix(uri);
+                assert_eq!(found.as_deref(), expected, "{uri} {is_configured}");
+            }
         }
     }
 }

@@ -3,7 +3,8 @@
 //!
 //! Cloud Map knows no blocking questions, and the revision of a service's instances does not move when their health
 //! does. So the instances themselves are asked for, over and over: those of services that tasks of this host use every
-//! few seconds, the others seldom, and all together no more often than the host's share of the account's quota.
+//! few seconds, the others seldom, and all together no more often than the host's share of the account's quota. Lists of
+//! services come from Cloud Map's control plane, which has quotas, and troubles, of its own: they have a pace of their own.
 //!
 //! [`client`] speaks to the API, [`registrar`] tells Cloud Map about this host's tasks, [`check`] is for `mesh-agent
 //! check`.
@@ -27,16 +28,22 @@ use mesh_core::{
     config::cloud_map::CloudMap,
     id::ServiceName,
 };
-use tokio::{sync::mpsc, task::JoinSet};
+use tokio::{
+    sync::mpsc,
+    task::{JoinError, JoinSet},
+};
 
 use self::client::{Answer, Asked, Client};
-use super::{Figures, Report, SourceError, SourceId, aws::Trouble};
+use super::{
+    Figures, Report, SourceError, SourceId,
+    aws::{Trouble, gate::Gate},
+};
 
 /// News closer together than this is handed on as one.
 const SETTLE: Duration = Duration::from_millis(20);
 /// While everything is read for the first time, what there is so far is handed on so often.
 const PROGRESS: Duration = Duration::from_secs(1);
-/// Questions under way at a time.
+/// Questions under way at a time, of each plane.
 const AT_ONCE: usize = 8;
 
 /// Follows Cloud Map and reports, until nobody listens.
@@ -63,14 +70,17 @@ pub(super) async fn run(
         failures += 1;
     };
     let lists = Intervals { used: config.list_interval, idle: config.list_interval };
+    let gate = || Gate::new(Pace::new(config.rate, config.rate.max(u32::try_from(AT_ONCE).unwrap_or(1))));
     let mut director = Director {
         client,
         source,
         reports,
         figures,
         known: Known::default(),
-        pace: Pace::new(config.rate, config.rate.max(u32::try_from(AT_ONCE).unwrap_or(1))),
+        list_gate: Arc::new(gate()),
         lists: Rota::new(lists),
+        listing: JoinSet::new(),
+        instance_gate: Arc::new(gate()),
         services: Rota::new(config.intervals),
         under_way: JoinSet::new(),
         failing: BTreeMap::new(),
@@ -86,6 +96,9 @@ pub(super) async fn run(
     director.run(uses).await;
 }
 
+/// What was asked, and what came of it.
+type Answered = (Asked, Result<Answer, Trouble>);
+
 struct Director {
     config: Arc<CloudMap>,
     client: Arc<Client>,
@@ -93,10 +106,12 @@ struct Director {
     reports: mpsc::Sender<Report>,
     figures: Arc<Figures>,
     known: Known,
-    pace: Pace,
+    list_gate: Arc<Gate>,
     lists: Rota<usize>,
+    listing: JoinSet<Answered>,
+    instance_gate: Arc<Gate>,
     services: Rota<Key>,
-    under_way: JoinSet<(Asked, Result<Answer, Trouble>)>,
+    under_way: JoinSet<Answered>,
     /// What gets no answer at the moment.
     failing: BTreeMap<Asked, String>,
     /// When what is known is to be handed on; `None`: it has been.
@@ -119,12 +134,8 @@ impl Director {
                 }
             };
             tokio::select! {
-                Some(answered) = self.under_way.join_next() => match answered {
-                    Ok((asked, Ok(answer))) => self.take(&asked, answer),
-                    Ok((asked, Err(trouble))) => self.ill(asked, trouble).await,
-                    // Nobody aborts them.
-                    Err(error) => tracing::error!(%error, "a question to Cloud Map was lost"),
-                },
+                Some(answered) = self.listing.join_next() => self.answered(answered).await,
+                Some(answered) = self.under_way.join_next() => self.answered(answered).await,
                 Some(service) = uses.recv() => self.used(&service),
                 () = timer => {}
                 () = self.reports.closed() => return,
@@ -141,32 +152,50 @@ impl Director {
 
     /// When the next question may be asked; `None`: not before one that is under way has been answered.
     fn next(&self) -> Option<Instant> {
-        if self.under_way.len() >= AT_ONCE {
-            return None;
-        }
-        let due = [self.lists.next(), self.services.next()].into_iter().flatten().min()?;
-        Some(self.began + due.max(self.pace.next(self.now())))
+        let list = self.lists.next().filter(|_| self.listing.len() < AT_ONCE);
+        let service = self.services.next().filter(|_| self.under_way.len() < AT_ONCE);
+        let list = list.map(|due| self.list_gate.next().max(self.began + due));
+        let service = service.map(|due| self.instance_gate.next().max(self.began + due));
+        [list, service].into_iter().flatten().min()
     }
 
     /// Asks what is due, as far as it may.
     fn ask(&mut self) {
         let now = self.now();
-        while self.under_way.len() < AT_ONCE && self.pace.next(now) <= now {
-            let asked = match self.lists.take(now) {
-                Some(namespace) => Asked::Names(namespace),
-                None => match self.services.take(now) {
-                    Some(key) => Asked::Service(key),
-                    None => break,
-                },
-            };
-            self.pace.take(now);
-            let (client, config) = (self.client.clone(), self.config.clone());
-            self.under_way.spawn(async move {
-                let answer = client.ask(&config, &asked).await;
-                (asked, answer)
-            });
+        let is_due = |due: Option<Duration>| due.is_some_and(|due| due <= now);
+        while self.listing.len() < AT_ONCE && is_due(self.lists.next()) && self.list_gate.pass() {
+            let Some(namespace) = self.lists.take(now) else { break };
+            self.listing.spawn(self.question(Asked::Names(namespace), &self.list_gate));
         }
-        self.figures.watches.store(self.under_way.len(), Ordering::Relaxed);
+        while self.under_way.len() < AT_ONCE && is_due(self.services.next()) && self.instance_gate.pass() {
+            let Some(key) = self.services.take(now) else { break };
+            self.under_way.spawn(self.question(Asked::Service(key), &self.instance_gate));
+        }
+        self.figures.watches.store(self.listing.len() + self.under_way.len(), Ordering::Relaxed);
+    }
+
+    fn question(&self, asked: Asked, gate: &Arc<Gate>) -> impl Future<Output = Answered> + use<> {
+        let (client, config, gate) = (self.client.clone(), self.config.clone(), gate.clone());
+        async move {
+            let answer = client.ask(&config, &asked, &gate).await;
+            (asked, answer)
+        }
+    }
+
+    fn gate(&self, asked: &Asked) -> &Gate {
+        match asked {
+            Asked::Names(_) => &self.list_gate,
+            Asked::Service(_) => &self.instance_gate,
+        }
+    }
+
+    async fn answered(&mut self, answered: Result<Answered, JoinError>) {
+        match answered {
+            Ok((asked, Ok(answer))) => self.take(&asked, answer),
+            Ok((asked, Err(trouble))) => self.ill(asked, trouble).await,
+            // Nobody aborts them.
+            Err(error) => tracing::error!(%error, "a question to Cloud Map was lost"),
+        }
     }
 
     fn used(&mut self, service: &ServiceName) {
@@ -178,12 +207,10 @@ impl Director {
 
     fn take(&mut self, asked: &Asked, answer: Answer) {
         let (now, draw) = (self.now(), fastrand::u32(..));
-        self.pace.answered();
+        self.gate(asked).answered();
         self.figures.answered();
         match (asked, answer) {
-            (Asked::Names(namespace), Answer::Names { names, questions }) => {
-                // Further pages count as much as the first.
-                (1..questions).for_each(|_| self.pace.take(now));
+            (Asked::Names(namespace), Answer::Names(names)) => {
                 let changes = self.known.names(*namespace, &names, &self.config);
                 for key in &changes.removed {
                     self.services.remove(key);
@@ -214,11 +241,7 @@ impl Director {
     async fn ill(&mut self, asked: Asked, trouble: Trouble) {
         let (now, draw) = (self.now(), fastrand::u32(..));
         self.figures.failed();
-        if trouble.is_throttled() {
-            self.pace.throttled(now, draw);
-        } else if trouble.is_general() {
-            self.pace.failed(now, draw);
-        }
+        self.gate(&asked).failed(&trouble);
         if let Asked::Service(key) = &asked
             && !self.known.has(key)
         {
@@ -227,11 +250,7 @@ impl Director {
         }
         let what = match &asked {
             Asked::Names(namespace) => {
-                if trouble.is_general() {
-                    self.lists.put_back(namespace);
-                } else {
-                    self.lists.failed(namespace, now, draw);
-                }
+                self.lists.failed(namespace, now, draw);
                 format!("the list of services of {}", self.config.namespaces[*namespace])
             }
             Asked::Service(key) => {
@@ -250,7 +269,7 @@ impl Director {
         tracing::debug!(
             what,
             error = &trouble as &dyn std::error::Error,
-            rate = self.pace.rate(),
+            rate = self.gate(&asked).rate(),
             "Cloud Map was asked in vain"
         );
         let text = super::chain(&trouble);

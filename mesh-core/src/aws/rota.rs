@@ -103,6 +103,11 @@ impl<K: Ord + Clone> Rota<K> {
         }
     }
 
+    /// Whether something is asked for at the moment.
+    pub fn is_under_way(&self) -> bool {
+        self.turns.values().any(|turn| turn.under_way)
+    }
+
     /// How many have never been answered.
     pub fn unseen(&self) -> usize {
         self.turns.values().filter(|turn| turn.answered.is_none()).count()
@@ -134,7 +139,9 @@ mod tests {
         assert_eq!(rota.next(), Some(at(5)), "it was answered three seconds ago");
         rota.used(&"b", at(20));
         assert_eq!((rota.take(at(20)), rota.take(at(20))), (Some("b"), None));
+        assert!(rota.is_under_way());
         rota.answered(&"b", at(20), 0);
+        assert!(!rota.is_under_way());
         assert_eq!(rota.next(), Some(T0 + Duration::from_millis(24_500)));
         rota.take(at(400));
         rota.take(at(400));

@@ -18,12 +18,18 @@ pub(super) fn aws(s: &mut Section<'_>) -> Aws {
         let problem = format!("`{}` is no region", region.escape_debug());
         s.fault("region", problem, "write it like `eu-central-1`, or leave it out");
     }
-    let endpoint = s.text("endpoint");
+    let endpoint = endpoint(s, "endpoint");
+    Aws { region, endpoint }
+}
+
+/// The base address of an API.
+pub(super) fn endpoint(s: &mut Section<'_>, key: &'static str) -> Option<String> {
+    let endpoint = s.text(key);
     if let Some(endpoint) = endpoint.as_ref().filter(|endpoint| !is_endpoint(endpoint)) {
         let problem = format!("`{}` is no address of an API", endpoint.escape_debug());
-        s.fault("endpoint", problem, "write it like `https://vpce-1a2b3c.ecs.eu-central-1.vpce.amazonaws.com`");
+        s.fault(key, problem, "write it like `https://vpce-1a2b3c.ecs.eu-central-1.vpce.amazonaws.com`");
     }
-    Aws { region, endpoint }
+    endpoint
 }
 
 fn is_region(text: &str) -> bool {

@@ -5,7 +5,7 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use super::{
-    aws::{Aws, aws},
+    aws::{Aws, aws, endpoint},
     check::{first_repeated, not_empty},
 };
 use crate::{aws::rota::Intervals, document::Section};
@@ -14,7 +14,10 @@ use crate::{aws::rota::Intervals, document::Section};
 pub struct CloudMap {
     /// Their names. The services of the first one bear the bare name. There is at least one.
     pub namespaces: Vec<String>,
+    /// Its control plane, of which lists are had and which tasks are registered with.
     pub aws: Aws,
+    /// Base address of its data plane, of which instances are had.
+    pub data_endpoint: Option<String>,
     pub health: Health,
     /// Only services whose name begins with one of these; empty: all.
     pub prefixes: Vec<String>,
@@ -26,7 +29,7 @@ pub struct CloudMap {
     pub intervals: Intervals,
     /// How often the lists of services are.
     pub list_interval: Duration,
-    /// Most questions in a second.
+    /// Most questions in a second, of each plane.
     pub rate: u32,
     /// `None`: tasks of this host are not registered.
     pub registration: Option<Registration>,
@@ -84,6 +87,7 @@ pub(super) fn cloud_map(s: &mut Section<'_>, configured: bool) -> Option<CloudMa
     let cloud_map = CloudMap {
         namespaces,
         aws: aws(s),
+        data_endpoint: endpoint(s, "data_endpoint"),
         health: s.choice("health", HEALTH).unwrap_or(Health::Healthy),
         prefixes: s.list("prefixes", not_empty).unwrap_or_default(),
         exclude: s.list("exclude", not_empty).unwrap_or_default().into_iter().collect(),
@@ -93,6 +97,11 @@ pub(super) fn cloud_map(s: &mut Section<'_>, configured: bool) -> Option<CloudMa
         rate: s.number("rate", 1, 500).unwrap_or(10),
         registration: s.section("registration", registration),
     };
+    let is_of_vpc = |endpoint: &String| endpoint.contains(".vpce.");
+    if cloud_map.aws.endpoint.as_ref().is_some_and(is_of_vpc) && cloud_map.data_endpoint.is_none() {
+        let remedy = "name the one of `data-servicediscovery` in `data_endpoint`; with private DNS, name neither";
+        s.fault("endpoint", "is one VPC endpoint of Cloud Map, which has two", remedy);
+    }
     enabled.then_some(cloud_map)
 }
 
@@ -162,6 +171,14 @@ pub(crate) mod tests {
             ("namespaces = [\"a\", \"a\"]", "discovery.cloud_map.namespaces: `a` is there twice"),
             ("namespaces = [\"a\"]\nregion = \"Frankfurt\"", "discovery.cloud_map.region: `Frankfurt` is no region"),
             ("namespaces = [\"a\"]\nendpoint = \"aws\"", "discovery.cloud_map.endpoint: `aws` is no address"),
+            (
+                "namespaces = [\"a\"]\ndata_endpoint = \"vpce-1\"",
+                "discovery.cloud_map.data_endpoint: `vpce-1` is no address",
+            ),
+            (
+                "namespaces = [\"a\"]\nendpoint = \"https://vpce-1.servicediscovery.eu-central-1.vpce.amazonaws.com\"",
+                "discovery.cloud_map.endpoint: is one VPC endpoint of Cloud Map, which has two",
+            ),
             ("namespaces = [\"a\"]\nrate = 0", "discovery.cloud_map.rate"),
             ("namespaces = [\"a\"]\nidle_interval = \"2s\"", "discovery.cloud_map.idle_interval: is shorter"),
             ("namespaces = [\"a\"]\nhealth = \"passing\"", "discovery.cloud_map.health: `passing` is not known"),

@@ -1,16 +1,18 @@
 //! From a cluster to what a source says about services: each ECS service, the service of the mesh that its tasks belong
 //! to where that is another, and each name that Service Connect gives.
 //!
-//! A task is in the mesh when its container instance says that there is an agent, and the task itself is enrolled. Must
-//! not know how the cluster was learnt.
+//! A task is in the mesh when its container instance says that there is an agent, and the task itself is enrolled. Where
+//! its containers have no namespace together (bridge and host mode), each of them is to its host a task of its own, with
+//! labels and an identity of its own, and so it is here. Must not know how the cluster was learnt.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
-use super::model::{Checked, Cluster, Connect, Definition, Instance, State, Task, attribute};
+use super::model::{Binding, Checked, Cluster, Connect, Container, Definition, Instance, State, Task, attribute};
 use crate::{
     addr::canonical,
     config::{Enrol, ecs::Ecs},
@@ -114,13 +116,19 @@ impl View<'_> {
                     continue;
                 }
             };
-            let (by_ecs, by_mesh) = (ServiceName::sanitised(service), belongs(definition));
-            let names: BTreeSet<&ServiceName> = by_ecs.iter().chain(&by_mesh).collect();
-            for bare in names {
+            let by_ecs = ServiceName::sanitised(service);
+            let mut named: BTreeMap<&ServiceName, Vec<&At>> = BTreeMap::new();
+            for at in &endpoints {
+                let names: BTreeSet<&ServiceName> = by_ecs.iter().chain(&at.service).collect();
+                names.into_iter().for_each(|name| named.entry(name).or_default().push(at));
+            }
+            for (bare, endpoints) in named {
                 let Some(name) = self.elsewhere_named(bare.clone()) else { continue };
                 let draft = drafts.entry(name).or_default();
-                draft.owners.extend(self.owners(bare, by_ecs.as_ref(), by_mesh.as_ref()));
-                for endpoint in self.as_served(&endpoints) {
+                for at in &endpoints {
+                    draft.owners.extend(self.owners(bare, by_ecs.as_ref(), at.service.as_ref()));
+                }
+                for endpoint in as_served(&endpoints) {
                     draft.endpoints.insert((endpoint.port, endpoint.endpoint.addr()), endpoint);
                 }
             }
@@ -163,17 +171,25 @@ impl View<'_> {
         own.map_or(&[], |deployment| &deployment.connects)
     }
 
-    /// (container port, endpoint) of each port, without the service's port that it serves.
+    /// Each port that a task is reached at.
     fn endpoints(
         &self,
         task: &Task,
         service: &str,
         definition: &Definition,
         interned: &mut Interned,
-    ) -> Result<Vec<(u16, EndpointEntry)>, String> {
-        let instance = task.instance.as_ref().and_then(|arn| self.cluster.instances.get(arn));
+    ) -> Result<Vec<At>, String> {
+        let instance = match &task.instance {
+            Some(arn) => Some(self.cluster.instances.get(arn).ok_or_else(|| {
+                format!(
+                    "ECS does not tell of the container instance {}, so nobody knows whether there is an agent: is it \
+                     deregistered?",
+                    arn.escape_debug()
+                )
+            })?),
+            None => None,
+        };
         let host = instance.map(address).transpose()?.flatten();
-        let ports: BTreeSet<u16> = definition.ports.iter().map(|port| port.container).collect();
         let at_host = || {
             host.ok_or_else(|| {
                 format!(
@@ -184,65 +200,57 @@ impl View<'_> {
                 )
             })
         };
-        let reached: Vec<(u16, SocketAddr)> = match definition.mode {
-            NetworkMode::None => Vec::new(),
-            NetworkMode::Awsvpc => {
-                let ip = task.address.ok_or("a task has no ENI yet")?;
-                ports.iter().map(|port| (*port, SocketAddr::new(ip, *port))).collect()
-            }
-            NetworkMode::Bridge if task.bindings.is_empty() => Vec::new(),
-            NetworkMode::Bridge => {
-                let ip = at_host()?;
-                task.bindings.iter().map(|(container, host)| (*container, SocketAddr::new(ip, *host))).collect()
-            }
-            NetworkMode::Host if ports.is_empty() => Vec::new(),
-            NetworkMode::Host => {
-                let ip = at_host()?;
-                ports.iter().map(|port| (*port, SocketAddr::new(ip, *port))).collect()
-            }
-        };
-        let (agent, identity) = match self.tunnel(task, definition, instance, host)? {
-            Some((agent, identity)) => (Some(agent), Some(identity)),
-            None => (None, None),
-        };
         let attributes = interned.of(self.attributes(task, service, definition, instance));
         let zone = task.zone.as_deref().filter(|zone| !zone.is_empty()).map(|zone| interned.zone(zone));
-        let endpoint = |(container, addr)| {
-            let endpoint = Arc::new(Endpoint {
-                zone: zone.clone(),
-                attributes: attributes.clone(),
-                ..Endpoint::listed(addr, agent, identity.clone())
-            });
-            (container, EndpointEntry { port: None, alias: false, endpoint })
-        };
-        Ok(reached.into_iter().map(endpoint).collect())
-    }
-
-    /// Each container port is a port of the service, and the only one is port 80 as well.
-    fn as_served(&self, endpoints: &[(u16, EndpointEntry)]) -> Vec<EndpointEntry> {
-        let as_port = |(port, endpoint): &(u16, EndpointEntry), alias| {
-            let port = Some(if alias { USUAL_PORT } else { *port });
-            EndpointEntry { port, alias, ..endpoint.clone() }
-        };
-        let mut served: Vec<_> = endpoints.iter().map(|it| as_port(it, false)).collect();
-        let containers: BTreeSet<u16> = endpoints.iter().map(|(port, _)| *port).collect();
-        if containers.len() == 1 && !containers.contains(&USUAL_PORT) {
-            served.extend(endpoints.iter().map(|it| as_port(it, true)));
+        let mut all = Vec::new();
+        for part in parts(definition, task) {
+            let reached: Vec<(u16, SocketAddr)> = match definition.mode {
+                _ if part.ports.is_empty() => Vec::new(),
+                NetworkMode::None => Vec::new(),
+                NetworkMode::Awsvpc => {
+                    let ip = task.address.ok_or("a task has no ENI yet")?;
+                    part.ports.iter().map(|(port, _)| (*port, SocketAddr::new(ip, *port))).collect()
+                }
+                NetworkMode::Bridge | NetworkMode::Host => {
+                    let ip = at_host()?;
+                    part.ports.iter().map(|(port, host)| (*port, SocketAddr::new(ip, *host))).collect()
+                }
+            };
+            let own = belongs(&part.labels, &definition.family);
+            let (agent, identity) = match self.tunnel(task, definition, &part.labels, own.as_ref(), instance, host)? {
+                Some((agent, identity)) => (Some(agent), Some(identity)),
+                None => (None, None),
+            };
+            all.extend(reached.into_iter().map(|(port, addr)| At {
+                service: own.clone(),
+                port,
+                endpoint: EndpointEntry {
+                    port: None,
+                    alias: false,
+                    endpoint: Arc::new(Endpoint {
+                        zone: zone.clone(),
+                        attributes: attributes.clone(),
+                        ..Endpoint::listed(addr, agent, identity.clone())
+                    }),
+                },
+            }));
         }
-        served
+        Ok(all)
     }
 
-    /// Where the tunnel to the task ends and who is there; `None`: it is not in the mesh.
+    /// Where the tunnel to a part of a task ends and who is there; `None`: it is not in the mesh.
     fn tunnel(
         &self,
         task: &Task,
         definition: &Definition,
+        labels: &BTreeMap<String, String>,
+        service: Option<&ServiceName>,
         instance: Option<&Instance>,
         host: Option<IpAddr>,
     ) -> Result<Option<(SocketAddr, SpiffeId)>, String> {
         let Some(port) = instance.and_then(|it| it.attributes.get(attribute::TUNNEL_PORT)) else { return Ok(None) };
         let Enrol { default, exclude, .. } = &self.mesh.enrol;
-        if exclude.contains(&definition.family) || !says_enrolled(&definition.labels).unwrap_or(*default) {
+        if exclude.contains(&definition.family) || !says_enrolled(labels).unwrap_or(*default) {
             return Ok(None);
         }
         let port = port.trim().parse::<u16>().ok().filter(|port| *port != 0).ok_or_else(|| {
@@ -252,8 +260,7 @@ impl View<'_> {
             NetworkMode::Awsvpc => task.address,
             NetworkMode::Bridge | NetworkMode::Host | NetworkMode::None => host,
         };
-        let identity =
-            belongs(definition).and_then(|service| SpiffeId::new(&self.mesh.trust_domain, self.name, &service).ok());
+        let identity = service.and_then(|service| SpiffeId::new(&self.mesh.trust_domain, self.name, service).ok());
         Ok(ip.map(|ip| canonical(SocketAddr::new(ip, port))).zip(identity))
     }
 
@@ -291,11 +298,11 @@ impl View<'_> {
         connect: &Connect,
         definition: &Definition,
         service: &str,
-        endpoints: &[(u16, EndpointEntry)],
+        endpoints: &[At],
         drafts: &mut BTreeMap<ServiceName, Draft>,
         problems: &mut BTreeSet<String>,
     ) {
-        let named = definition.ports.iter().find(|port| port.name.as_ref() == Some(&connect.port_name));
+        let named = definition.ports().find(|port| port.name.as_ref() == Some(&connect.port_name));
         let Some(target) = named else {
             let name = connect.port_name.escape_debug();
             problems.insert(format!("{}: Service Connect names the port {name}, which it has not", definition.family));
@@ -315,10 +322,10 @@ impl View<'_> {
             let draft = drafts.entry(name).or_default();
             let entry = PortEntry { port: *port, target: Some(target.container), protocol: target.protocol };
             draft.ports.entry(*port).or_insert(entry);
-            let (by_ecs, by_mesh) = (ServiceName::sanitised(service), belongs(definition));
-            draft.owners.extend(self.owners(&bare, by_ecs.as_ref(), by_mesh.as_ref()));
-            for (_, endpoint) in endpoints.iter().filter(|(container, _)| *container == target.container) {
-                let endpoint = EndpointEntry { port: Some(*port), alias: false, ..endpoint.clone() };
+            let by_ecs = ServiceName::sanitised(service);
+            for at in endpoints.iter().filter(|at| at.port == target.container) {
+                draft.owners.extend(self.owners(&bare, by_ecs.as_ref(), at.service.as_ref()));
+                let endpoint = EndpointEntry { port: Some(*port), alias: false, ..at.endpoint.clone() };
                 draft.endpoints.insert((endpoint.port, endpoint.endpoint.addr()), endpoint);
             }
         }
@@ -349,10 +356,76 @@ fn serves(task: &Task, definition: &Definition) -> bool {
     }
 }
 
-/// The service of the mesh that a task belongs to, as the agent of its host sees it.
-fn belongs(definition: &Definition) -> Option<ServiceName> {
-    let labelled = definition.labels.get(SERVICE_LABEL).and_then(|label| ServiceName::sanitised(label.trim()));
-    labelled.or_else(|| ServiceName::sanitised(&definition.family))
+/// What of a task has a namespace of its own: to its host, that is a task.
+struct Part<'a> {
+    labels: Cow<'a, BTreeMap<String, String>>,
+    /// (container port, port at the address).
+    ports: BTreeSet<(u16, u16)>,
+}
+
+/// The task as a whole in awsvpc mode, else each of its containers.
+fn parts<'a>(definition: &'a Definition, task: &Task) -> Vec<Part<'a>> {
+    let own = |container: &Container| container.ports.iter().map(|port| (port.container, port.container)).collect();
+    match definition.mode {
+        NetworkMode::None => Vec::new(),
+        NetworkMode::Awsvpc => {
+            let mut labels = BTreeMap::new();
+            for (key, value) in definition.containers.iter().flat_map(|container| &container.labels) {
+                // The first container wins.
+                labels.entry(key.clone()).or_insert_with(|| value.clone());
+            }
+            let ports = definition.ports().map(|port| (port.container, port.container)).collect();
+            vec![Part { labels: Cow::Owned(labels), ports }]
+        }
+        NetworkMode::Host => {
+            let part =
+                |container: &'a Container| Part { labels: Cow::Borrowed(&container.labels), ports: own(container) };
+            definition.containers.iter().map(part).collect()
+        }
+        NetworkMode::Bridge => {
+            let mut published: BTreeMap<&str, BTreeSet<(u16, u16)>> = BTreeMap::new();
+            for Binding { container, port, host_port } in &task.bindings {
+                published.entry(container).or_default().insert((*port, *host_port));
+            }
+            let part = |(name, ports): (&str, BTreeSet<_>)| {
+                let container = definition.containers.iter().find(|container| container.name == name);
+                // What ECS has added itself is in no definition, and has no labels.
+                let labels = container.map_or_else(Cow::default, |container| Cow::Borrowed(&container.labels));
+                Part { labels, ports }
+            };
+            published.into_iter().map(part).collect()
+        }
+    }
+}
+
+/// An endpoint, without the service's port that it serves.
+struct At {
+    /// The service of the mesh that it belongs to.
+    service: Option<ServiceName>,
+    /// The container port.
+    port: u16,
+    endpoint: EndpointEntry,
+}
+
+/// Each container port is a port of the service, and the only one is port 80 as well.
+fn as_served(endpoints: &[&At]) -> Vec<EndpointEntry> {
+    let as_port = |at: &&At, alias| {
+        let port = Some(if alias { USUAL_PORT } else { at.port });
+        EndpointEntry { port, alias, ..at.endpoint.clone() }
+    };
+    let mut served: Vec<_> = endpoints.iter().map(|it| as_port(it, false)).collect();
+    let containers: BTreeSet<u16> = endpoints.iter().map(|at| at.port).collect();
+    if containers.len() == 1 && !containers.contains(&USUAL_PORT) {
+        served.extend(endpoints.iter().map(|it| as_port(it, true)));
+    }
+    served
+}
+
+/// The service of the mesh that a task, or a container with a namespace of its own, belongs to, as the agent of its host
+/// sees it.
+fn belongs(labels: &BTreeMap<String, String>, family: &str) -> Option<ServiceName> {
+    let labelled = labels.get(SERVICE_LABEL).and_then(|label| ServiceName::sanitised(label.trim()));
+    labelled.or_else(|| ServiceName::sanitised(family))
 }
 
 /// The address that a container instance says it has.

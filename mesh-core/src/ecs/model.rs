@@ -68,9 +68,18 @@ pub struct Task {
     pub state: State,
     /// Of its ENI.
     pub address: Option<IpAddr>,
-    /// (container port, host port), TCP only.
-    pub bindings: Vec<(u16, u16)>,
+    /// TCP only.
+    pub bindings: Vec<Binding>,
     pub tags: BTreeMap<String, String>,
+}
+
+/// A port of a container that its host publishes.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Binding {
+    /// The container's name.
+    pub container: String,
+    pub port: u16,
+    pub host_port: u16,
 }
 
 /// Whether a task serves.
@@ -101,12 +110,25 @@ pub struct Definition {
     pub family: String,
     pub revision: u32,
     pub mode: NetworkMode,
-    /// TCP only.
-    pub ports: Vec<Port>,
-    /// Docker labels of all containers together; for equal keys the first container wins.
-    pub labels: BTreeMap<String, String>,
+    pub containers: Vec<Container>,
     /// Whether a container has a health check.
     pub is_checked: bool,
+}
+
+impl Definition {
+    /// Of all containers.
+    pub fn ports(&self) -> impl Iterator<Item = &Port> {
+        self.containers.iter().flat_map(|container| &container.ports)
+    }
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Container {
+    pub name: String,
+    /// TCP only.
+    pub ports: Vec<Port>,
+    /// Docker labels.
+    pub labels: BTreeMap<String, String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -3,6 +3,7 @@
 //! The double speaks AWS's protocol, and AWS's own description of the API judges what it was asked and what it said.
 
 use std::{
+    collections::BTreeSet,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -135,6 +136,97 @@ fn throttling_is_answered_by_asking_less() -> Result<()> {
     double.judge()
 }
 
+/// AWS has a quota of its own for the instances: lists that are asked for too often say nothing about it.
+#[test]
+fn throttled_lists_leave_health_fresh() -> Result<()> {
+    if !require(Tier::Aws) {
+        return Ok(());
+    }
+    let double = Double::start(Api::CloudMap, usual)?;
+    let running = Running::cloud_map(&double.address(), NAMESPACE)?;
+    running.await_seen(SEEN)?;
+    running.uses.note(&"server".parse()?);
+    let asked = |action: &str| double.asked().iter().filter(|it| it.action == action).count();
+    let throttled = |ill: bool| {
+        move |action: &str, request: &Value| match (action, usual(action, request)) {
+            ("ListServices", _) => Said::Error(400, "ThrottlingException", "Rate exceeded"),
+            ("DiscoverInstances", Said::Ok(mut said)) if ill => {
+                said["Instances"][0]["HealthStatus"] = "UNHEALTHY".into();
+                Said::Ok(said)
+            }
+            (_, said) => said,
+        }
+    };
+    double.change(throttled(false));
+    running
+        .await_error("AWS says that it is asked too often (ThrottlingException for servicediscovery:ListServices)")?;
+    let before = asked("ListServices");
+    until(LIMIT, "lists are asked for less and less", || {
+        let times = asked("ListServices") - before;
+        Ok(if times >= 3 { Ok(()) } else { Err(times) })
+    })?;
+    for ill in [true, false] {
+        let began = Instant::now();
+        double.change(throttled(ill));
+        running.await_seen(if ill { &[("server", &[])] } else { SEEN })?;
+        let took = began.elapsed();
+        figure("cloud_map_health_while_lists_are_throttled", took.as_secs_f64(), "s");
+        ensure!(took < Duration::from_secs(2), "{took:?}, with an interval of 1 s");
+    }
+    ensure!(running.error().is_some_and(|error| error.contains("ListServices")), "{:?}", running.error());
+    double.change(usual);
+    running.await_well()?;
+    double.judge()
+}
+
+#[test]
+fn each_plane_has_an_endpoint_of_its_own() -> Result<()> {
+    if !require(Tier::Aws) {
+        return Ok(());
+    }
+    let (control, data) = (Double::start(Api::CloudMap, usual)?, Double::start(Api::CloudMap, usual)?);
+    let running =
+        Running::cloud_map(&control.address(), &format!("{NAMESPACE}data_endpoint = \"{}\"", data.address()))?;
+    running.await_seen(SEEN)?;
+    let all = |double: &Double| double.asked().into_iter().map(|it| it.action).collect::<BTreeSet<_>>();
+    ensure!(all(&control).iter().eq(["ListNamespaces", "ListServices"]), "{:?}", all(&control));
+    ensure!(all(&data).iter().eq(["DiscoverInstances"]), "{:?}", all(&data));
+    control.judge()?;
+    data.judge()
+}
+
+#[test]
+fn pages_of_a_list_keep_the_rate() -> Result<()> {
+    if !require(Tier::Aws) {
+        return Ok(());
+    }
+    let double = Double::start(Api::CloudMap, |action, request| match action {
+        "ListServices" => {
+            let page = request["NextToken"].as_str().and_then(|page| page.parse::<u32>().ok()).unwrap_or(0);
+            let Said::Ok(mut said) = services([format!("s{page:02}").as_str()]) else { return Said::Nothing };
+            if page < 19 {
+                said["NextToken"] = (page + 1).to_string().into();
+            }
+            Said::Ok(said)
+        }
+        _ => usual(action, request),
+    })?;
+    let running = Running::cloud_map(&double.address(), &format!("{NAMESPACE}rate = 5"))?;
+    until(LIMIT, "all are known", || {
+        let seen = running.seen().len();
+        Ok(if seen == 20 { Ok(()) } else { Err(format!("{seen}; {:?}", running.error())) })
+    })?;
+    for action in ["List", "DiscoverInstances"] {
+        let asked: Vec<_> = double.asked().into_iter().filter(|it| it.action.starts_with(action)).collect();
+        for (n, first) in asked.iter().enumerate() {
+            let within = asked[n..].iter().filter(|it| it.at < first.at + Duration::from_secs(1)).count();
+            // A burst of eight, and the rate; one that was asked late because the machine is busy counts later.
+            ensure!(within <= 8 + 5 + 2, "{within} questions {action}… in a second");
+        }
+    }
+    double.judge()
+}
+
 #[test]
 fn the_rate_is_kept_with_many_services() -> Result<()> {
     if !require(Tier::Aws) {
@@ -154,7 +246,7 @@ fn the_rate_is_kept_with_many_services() -> Result<()> {
     })?;
     figure("cloud_map_60_services_at_20_per_second", began.elapsed().as_secs_f64(), "s");
     running.await_answers(60)?;
-    let asked = double.asked();
+    let asked: Vec<_> = double.asked().into_iter().filter(|it| it.action == "DiscoverInstances").collect();
     for (n, first) in asked.iter().enumerate() {
         let within = asked[n..].iter().filter(|it| it.at < first.at + Duration::from_secs(1)).count();
         // A burst of the rate, and the rate; a question that was asked late because the machine is busy counts later.

@@ -214,14 +214,144 @@ fn whatever_is_wrong_is_named_and_nothing_is_lost() -> Result<()> {
         double.change(usual);
         running.await_well()?;
     }
-    // A task of a definition that may not be read: the others stay as they are.
-    double.change(|action, request| match action {
-        "DescribeTaskDefinition" => Said::Error(400, "AccessDeniedException", "no"),
-        "DescribeTasks" => {
-            Said::Ok(json!({ "tasks": [task(1, 1, "RUNNING", "HEALTHY"), task(2, 3, "RUNNING", "HEALTHY")] }))
-        }
+    Ok(())
+}
+
+/// What the usual answers are, but that there are only these tasks.
+fn only(tasks: impl Fn() -> Vec<Value>, action: &str, request: &Value) -> Said {
+    match action {
+        "DescribeTasks" => Said::Ok(json!({ "tasks": tasks() })),
         _ => usual(action, request),
+    }
+}
+
+#[test]
+fn what_one_question_cannot_tell_does_not_keep_the_rest() -> Result<()> {
+    if !require(Tier::Aws) {
+        return Ok(());
+    }
+    let double = Double::start(Api::Ecs, usual)?;
+    let running = Running::ecs(&double.address(), "")?;
+    await_ports(&running, &[32769, 32770])?;
+    let both = || vec![task(1, 1, "RUNNING", "HEALTHY"), task(2, 2, "RUNNING", "HEALTHY")];
+    let first = || vec![task(1, 1, "RUNNING", "HEALTHY"), task(2, 2, "STOPPED", "HEALTHY")];
+    for (refused, said, expected) in [
+        ("ListServices", "AccessDeniedException", "the agent's role needs the IAM action ecs:ListServices"),
+        ("DescribeServices", "ThrottlingException", "asked too often (ThrottlingException for ecs:DescribeServices)"),
+        ("ListContainerInstances", "ThrottlingException", "asked too often (ThrottlingException for ecs:ListContainer"),
+        ("DescribeContainerInstances", "ServerException", "AWS answers ecs:DescribeContainerInstances with ServerExc"),
+    ] {
+        let refuse = move |action: &str| (action == refused).then_some(Said::Error(400, said, "no"));
+        double.change(move |action, request| refuse(action).unwrap_or_else(|| only(both, action, request)));
+        running.await_error(expected)?;
+        let began = Instant::now();
+        double.change(move |action, request| refuse(action).unwrap_or_else(|| only(first, action, request)));
+        await_ports(&running, &[32769])?;
+        figure("ecs_stop_seen_while_another_question_fails", began.elapsed().as_secs_f64(), "s");
+        ensure!(running.error().is_some_and(|error| error.contains(expected)), "{:?}", running.error());
+        double.change(usual);
+        await_ports(&running, &[32769, 32770])?;
+        running.await_well()?;
+    }
+
+    // A definition that may not be read: its tasks are left out, and others still go when they stop.
+    let third = || {
+        let mut third = task(3, 3, "RUNNING", "HEALTHY");
+        third["startedBy"] = "ecs-svc/2".into();
+        third
+    };
+    let refuse =
+        |action: &str| (action == "DescribeTaskDefinition").then_some(Said::Error(400, "AccessDeniedException", "no"));
+    double.change(move |action, request| {
+        refuse(action).unwrap_or_else(|| only(|| [both(), vec![third()]].concat(), action, request))
     });
     running.await_error("the agent's role needs the IAM action ecs:DescribeTaskDefinition")?;
-    await_ports(&running, &[32769, 32770])
+    await_ports(&running, &[32769, 32770])?;
+    double.change(move |action, request| {
+        refuse(action).unwrap_or_else(|| only(|| [first(), vec![third()]].concat(), action, request))
+    });
+    await_ports(&running, &[32769])?;
+    double.change(move |action, request| only(|| [first(), vec![third()]].concat(), action, request));
+    await_ports(&running, &[32769, 32771])?;
+    running.await_well()
+}
+
+/// On a container instance that is not known, a task may have an agent or not: it is nobody's endpoint until that is known.
+#[test]
+fn a_task_on_an_unknown_host_waits() -> Result<()> {
+    if !require(Tier::Aws) {
+        return Ok(());
+    }
+    let double = Double::start(Api::Ecs, usual)?;
+    let running = Running::ecs(&double.address(), "")?;
+    await_ports(&running, &[32769, 32770])?;
+    let elsewhere = || {
+        let mut third = task(3, 2, "RUNNING", "HEALTHY");
+        third["containerInstanceArn"] = HOST.replace("demo/1", "demo/2").into();
+        vec![task(1, 1, "RUNNING", "HEALTHY"), third]
+    };
+    double.change(move |action, request| match action {
+        "DescribeContainerInstances" => Said::Error(400, "AccessDeniedException", "no"),
+        _ => only(elsewhere, action, request),
+    });
+    running.await_error("the agent's role needs the IAM action ecs:DescribeContainerInstances")?;
+    await_ports(&running, &[32769])?;
+    double.change(move |action, request| match (action, usual(action, request)) {
+        ("DescribeContainerInstances", Said::Ok(mut said)) => {
+            let mut other = said["containerInstances"][0].clone();
+            other["containerInstanceArn"] = HOST.replace("demo/1", "demo/2").into();
+            said["containerInstances"].as_array_mut().expect("a list").push(other);
+            Said::Ok(said)
+        }
+        _ => only(elsewhere, action, request),
+    });
+    await_ports(&running, &[32769, 32771])?;
+    running.await_well()
+}
+
+/// In bridge mode each container has a namespace, labels and an identity of its own, as its host sees it.
+#[test]
+fn containers_in_bridge_mode_are_told_apart() -> Result<()> {
+    if !require(Tier::Aws) {
+        return Ok(());
+    }
+    let published = |name: &str, port: u16| {
+        json!({ "name": name, "networkBindings": [
+        { "bindIP": "0.0.0.0", "containerPort": port, "hostPort": 32000 + port, "protocol": "tcp" },
+    ] })
+    };
+    let defined = |name: &str, port: u16, label: (&str, &str)| {
+        json!({
+            "name": name, "portMappings": [{ "containerPort": port, "hostPort": 0, "protocol": "tcp" }],
+            "dockerLabels": { label.0: label.1 },
+        })
+    };
+    let double = Double::start(Api::Ecs, move |action, request| match (action, usual(action, request)) {
+        ("DescribeTasks", Said::Ok(_)) => {
+            let mut task = task(1, 1, "RUNNING", "HEALTHY");
+            task["containers"] = json!([published("a", 80), published("b", 81), published("c", 82)]);
+            Said::Ok(json!({ "tasks": [task] }))
+        }
+        ("DescribeTaskDefinition", Said::Ok(mut said)) => {
+            said["taskDefinition"]["containerDefinitions"] = json!([
+                defined("a", 80, ("ecs-mesh.service", "a")),
+                defined("b", 81, ("ecs-mesh.service", "b")),
+                defined("c", 82, ("ecs-mesh.enabled", "false")),
+            ]);
+            Said::Ok(said)
+        }
+        (_, said) => said,
+    })?;
+    let running = Running::ecs(&double.address(), "")?;
+    let by = |service: &str| format!("by 10.1.1.1:15008 as spiffe://t/ns/demo/sa/{service}");
+    let (a, b) = (format!("80 10.1.1.1:32080 {}", by("a")), format!("81 10.1.1.1:32081 {}", by("b")));
+    let (alias, c) = (format!("80 10.1.1.1:32081 {}", by("b")), "82 10.1.1.1:32082");
+    running.await_seen(&[
+        ("a", &[&a]),
+        ("b", &[&alias, &b]),
+        ("world", &["80 10.1.1.1:32082", c]),
+        ("world-svc", &[&a, &b, c]),
+    ])?;
+    running.await_well()?;
+    double.judge()
 }

@@ -21,7 +21,7 @@ use mesh_core::{
     instance::meta,
 };
 
-use super::super::aws::{self, NoPrefixBeforeAddress, Trouble};
+use super::super::aws::{self, DataPlane, Trouble, gate::Gate};
 
 const LIST_NAMESPACES: &str = "servicediscovery:ListNamespaces";
 const LIST_SERVICES: &str = "servicediscovery:ListServices";
@@ -42,32 +42,41 @@ pub enum Asked {
 /// Its answer.
 #[derive(Debug)]
 pub enum Answer {
-    Names {
-        names: BTreeSet<String>,
-        /// How many it took: an answer has pages.
-        questions: u32,
-    },
+    Names(BTreeSet<String>),
     Instances(Vec<Instance>),
 }
 
 /// What comes of a [`Call`].
 #[derive(Debug)]
 pub enum Told {
-    Services {
-        services: BTreeMap<String, Service>,
-        /// How many it took.
-        questions: u32,
-    },
+    Services(BTreeMap<String, Service>),
     Instances(Vec<Instance>),
     /// It is taken, and will be carried out; Cloud Map's name of it.
     Operation(Option<String>),
     Done,
 }
 
+/// The right to ask: the first time it is there, and then it is waited for.
+struct Turn<'a> {
+    gate: &'a Gate,
+    has: bool,
+}
+
+impl Turn<'_> {
+    async fn come(&mut self) {
+        if !std::mem::take(&mut self.has) {
+            self.gate.turn().await;
+        }
+    }
+}
+
 /// See the module's text.
 #[derive(Debug)]
 pub struct Client {
+    /// The control plane.
     api: aws_sdk_servicediscovery::Client,
+    /// The data plane: it tells instances, and nothing else.
+    data: aws_sdk_servicediscovery::Client,
     /// Ids of the namespaces, once known.
     ids: Mutex<BTreeMap<usize, Arc<str>>>,
 }
@@ -77,17 +86,28 @@ impl Client {
     /// No region is known.
     pub async fn new(config: &CloudMap) -> Result<Self, Trouble> {
         let shared = aws::load(&config.aws).await?;
-        let own = aws_sdk_servicediscovery::config::Builder::from(&shared).interceptor(NoPrefixBeforeAddress).build();
-        Ok(Self { api: aws_sdk_servicediscovery::Client::from_conf(own), ids: Mutex::default() })
+        let is_configured = config.data_endpoint.is_some() || config.aws.endpoint.is_some();
+        let mut data = aws_sdk_servicediscovery::config::Builder::from(&shared);
+        if let Some(endpoint) = &config.data_endpoint {
+            data = data.endpoint_url(endpoint);
+        }
+        let data = data.interceptor(DataPlane { is_configured }).build();
+        Ok(Self {
+            api: aws_sdk_servicediscovery::Client::new(&shared),
+            data: aws_sdk_servicediscovery::Client::from_conf(data),
+            ids: Mutex::default(),
+        })
     }
 
+    /// Where an answer has pages, those after the first one wait at the `gate`.
+    ///
     /// # Errors
     /// There is no answer, or none to be relied on.
-    pub async fn ask(&self, config: &CloudMap, asked: &Asked) -> Result<Answer, Trouble> {
+    pub async fn ask(&self, config: &CloudMap, asked: &Asked, gate: &Gate) -> Result<Answer, Trouble> {
         match asked {
             Asked::Names(namespace) => {
-                let (services, questions) = self.listed(config, *namespace).await?;
-                Ok(Answer::Names { names: services.into_keys().collect(), questions })
+                let services = self.listed(config, *namespace, gate).await?;
+                Ok(Answer::Names(services.into_keys().collect()))
             }
             Asked::Service((namespace, name)) => {
                 let namespace = config.namespaces.get(*namespace).map(String::as_str).unwrap_or_default();
@@ -96,7 +116,8 @@ impl Client {
         }
     }
 
-    /// Makes a request about what this host has in the first namespace; `service` is the one that it is about.
+    /// Makes a request about what this host has in the first namespace; `service` is the one that it is about. Where an
+    /// answer has pages, those after the first one wait at the `gate`.
     ///
     /// # Errors
     /// It was not taken, or nobody knows.
@@ -106,14 +127,12 @@ impl Client {
         call: &Call,
         owner: &str,
         service: Option<&Service>,
+        gate: &Gate,
     ) -> Result<Told, Trouble> {
         let id = service.map(|service| service.id.as_str()).unwrap_or_default();
         let namespace = config.namespaces.first().map(String::as_str).unwrap_or_default();
         match call {
-            Call::List => {
-                let (services, questions) = self.listed(config, 0).await?;
-                Ok(Told::Services { services, questions })
-            }
+            Call::List => self.listed(config, 0, gate).await.map(Told::Services),
             Call::Look(name) => self.instances(namespace, name, Some(owner)).await.map(Told::Instances),
             Call::Register((_, instance), attributes) => {
                 let attributes: HashMap<_, _> = attributes.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
@@ -143,28 +162,33 @@ impl Client {
         self.ids().get(&0).cloned()
     }
 
-    /// The services of a namespace, and how many questions it took.
-    async fn listed(&self, config: &CloudMap, namespace: usize) -> Result<(BTreeMap<String, Service>, u32), Trouble> {
-        let mut questions = 0;
+    /// The services of a namespace. The first question is asked at once.
+    async fn listed(
+        &self,
+        config: &CloudMap,
+        namespace: usize,
+        gate: &Gate,
+    ) -> Result<BTreeMap<String, Service>, Trouble> {
+        let mut turn = Turn { gate, has: true };
         let known = self.ids().contains_key(&namespace);
-        let id = self.id(config, namespace, &mut questions).await?;
-        let mut services = self.services(&id, &mut questions).await?;
+        let id = self.id(config, namespace, &mut turn).await?;
+        let mut services = self.services(&id, &mut turn).await?;
         if services.is_empty() && known {
             // Or the namespace is gone, and perhaps made anew with another id: a filter says nothing of that.
             self.ids().remove(&namespace);
-            let again = self.id(config, namespace, &mut questions).await?;
+            let again = self.id(config, namespace, &mut turn).await?;
             if again != id {
-                services = self.services(&again, &mut questions).await?;
+                services = self.services(&again, &mut turn).await?;
             }
         }
-        Ok((services, questions))
+        Ok(services)
     }
 
     fn ids(&self) -> std::sync::MutexGuard<'_, BTreeMap<usize, Arc<str>>> {
         self.ids.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn id(&self, config: &CloudMap, place: usize, questions: &mut u32) -> Result<Arc<str>, Trouble> {
+    async fn id(&self, config: &CloudMap, place: usize, turn: &mut Turn<'_>) -> Result<Arc<str>, Trouble> {
         if let Some(id) = self.ids().get(&place) {
             return Ok(id.clone());
         }
@@ -173,7 +197,7 @@ impl Client {
         let filter = filter.condition(FilterCondition::Eq).build().ok();
         let mut page = None;
         loop {
-            *questions += 1;
+            turn.come().await;
             let asked = self.api.list_namespaces().set_filters(filter.clone().map(|filter| vec![filter]));
             let answer = asked.set_next_token(page).send().await.map_err(|e| Trouble::of(LIST_NAMESPACES, e))?;
             let malformed = || Trouble::Malformed { action: LIST_NAMESPACES, source: None };
@@ -190,13 +214,13 @@ impl Client {
         }
     }
 
-    async fn services(&self, namespace: &str, questions: &mut u32) -> Result<BTreeMap<String, Service>, Trouble> {
+    async fn services(&self, namespace: &str, turn: &mut Turn<'_>) -> Result<BTreeMap<String, Service>, Trouble> {
         let filter = ServiceFilter::builder().name(ServiceFilterName::NamespaceId).values(namespace);
         let filter = filter.condition(FilterCondition::Eq).build().ok();
         let mut found = BTreeMap::new();
         let mut page = None;
         loop {
-            *questions += 1;
+            turn.come().await;
             let asked = self.api.list_services().set_filters(filter.clone().map(|filter| vec![filter]));
             let asked = asked.max_results(100).set_next_token(page);
             let answer = asked.send().await.map_err(|error| Trouble::of(LIST_SERVICES, error))?;
@@ -214,7 +238,7 @@ impl Client {
 
     /// The instances of a service; only those of an `owner`, where there is one.
     async fn instances(&self, namespace: &str, service: &str, owner: Option<&str>) -> Result<Vec<Instance>, Trouble> {
-        let asked = self.api.discover_instances().namespace_name(namespace).service_name(service);
+        let asked = self.data.discover_instances().namespace_name(namespace).service_name(service);
         let largest = i32::try_from(LARGEST_ANSWER).unwrap_or(i32::MAX);
         // All of them, so that one that is ill is told from one that is gone.
         let asked = asked.health_status(HealthStatusFilter::All).max_results(largest);

@@ -21,7 +21,10 @@ use mesh_core::{
 use tokio::{sync::watch, task::JoinSet};
 
 use super::{
-    super::{Registered, aws::Trouble},
+    super::{
+        Registered,
+        aws::{Trouble, gate::Gate},
+    },
     client::{Client, Told},
 };
 use crate::state::Published;
@@ -67,10 +70,11 @@ impl Registrar {
             _ = stop.wait_for(|stop| *stop) => return,
         };
         let owner = owner(self.tunnel.ip());
+        let pace = Pace::new(self.config.rate, self.config.rate.max(u32::try_from(AT_ONCE).unwrap_or(1)));
         let mut running = Running {
             ledger: Ledger::new(owner.clone(), self.config.interval),
             owner: owner.into(),
-            pace: Pace::new(self.config.rate, self.config.rate.max(u32::try_from(AT_ONCE).unwrap_or(1))),
+            gate: Arc::new(Gate::new(pace)),
             client: Arc::new(client),
             cloud_map: self.cloud_map,
             under_way: JoinSet::new(),
@@ -107,7 +111,7 @@ impl Registrar {
 
 struct Running {
     ledger: Ledger,
-    pace: Pace,
+    gate: Arc<Gate>,
     client: Arc<Client>,
     cloud_map: Arc<CloudMap>,
     owner: Arc<str>,
@@ -126,13 +130,14 @@ impl Running {
     /// Makes the requests that are due, as far as it may.
     fn call(&mut self) {
         let now = self.now();
-        while self.under_way.len() < AT_ONCE && self.pace.next(now) <= now {
+        let is_due = |due: Option<Duration>| due.is_some_and(|due| due <= now);
+        while self.under_way.len() < AT_ONCE && is_due(self.ledger.next()) && self.gate.pass() {
             let Some(call) = self.ledger.take(now) else { break };
-            self.pace.take(now);
             let service = self.ledger.service(&call).cloned();
             let (client, config, owner) = (self.client.clone(), self.cloud_map.clone(), self.owner.clone());
+            let gate = self.gate.clone();
             self.under_way.spawn(async move {
-                let told = client.call(&config, &call, &owner, service.as_ref()).await;
+                let told = client.call(&config, &call, &owner, service.as_ref(), &gate).await;
                 (call, told)
             });
         }
@@ -141,10 +146,10 @@ impl Running {
     /// Waits for an answer and takes it, or until the next request may be made.
     async fn turn(&mut self) {
         let room = self.under_way.len() < AT_ONCE;
-        let due = self.ledger.next().filter(|_| room).map(|due| due.max(self.pace.next(self.now())));
+        let due = self.ledger.next().filter(|_| room).map(|due| self.gate.next().max(self.began + due));
         let timer = async {
             match due {
-                Some(due) => tokio::time::sleep_until((self.began + due).into()).await,
+                Some(due) => tokio::time::sleep_until(due.into()).await,
                 None => std::future::pending().await,
             }
         };
@@ -162,13 +167,9 @@ impl Running {
 
     fn take(&mut self, call: &Call, told: Told) {
         let now = self.now();
-        self.pace.answered();
+        self.gate.answered();
         match (call, told) {
-            (Call::List, Told::Services { services, questions }) => {
-                // Further pages count as much as the first.
-                (1..questions).for_each(|_| self.pace.take(now));
-                self.ledger.listed(services, now);
-            }
+            (Call::List, Told::Services(services)) => self.ledger.listed(services, now),
             (Call::Look(name), Told::Instances(instances)) => {
                 for (instance, operation) in self.ledger.looked(name, instances, now) {
                     tracing::warn!(
@@ -196,15 +197,11 @@ impl Running {
 
     fn failed(&mut self, call: &Call, trouble: &Trouble) {
         let (now, draw) = (self.now(), fastrand::u32(..));
-        if trouble.is_throttled() {
-            self.pace.throttled(now, draw);
-        } else if trouble.is_general() {
-            self.pace.failed(now, draw);
-        }
+        self.gate.failed(trouble);
         tracing::debug!(
             ?call,
             error = trouble as &dyn std::error::Error,
-            rate = self.pace.rate(),
+            rate = self.gate.rate(),
             "Cloud Map was asked in vain"
         );
         if trouble.is_gone() {

@@ -10,7 +10,7 @@ use std::{
 use aws_sdk_ecs::types::{self, ApplicationProtocol, HealthStatus, TaskField, TransportProtocol};
 use mesh_core::{
     config::ecs::Ecs,
-    ecs::model::{Checked, Connect, Definition, Deployment, Instance, Port, Service, State, Task},
+    ecs::model::{Binding, Checked, Connect, Container, Definition, Deployment, Instance, Port, Service, State, Task},
     model::Protocol,
     task::NetworkMode,
 };
@@ -158,13 +158,16 @@ fn task(it: types::Task) -> Option<Task> {
         found.value()
     });
     let address = attached.chain(interfaces).find_map(|text| text.parse::<IpAddr>().ok());
-    let binding = |it: &types::NetworkBinding| {
+    let binding = |container: &types::Container, it: &types::NetworkBinding| {
         let tcp = it.protocol.as_ref().is_none_or(|protocol| *protocol == TransportProtocol::Tcp);
         let port = |port: Option<i32>| u16::try_from(port?).ok().filter(|port| *port != 0);
-        Some((port(it.container_port)?, port(it.host_port)?)).filter(|_| tcp)
+        let container = container.name().unwrap_or_default().to_owned();
+        Some(Binding { container, port: port(it.container_port)?, host_port: port(it.host_port)? }).filter(|_| tcp)
     };
-    let bindings: BTreeSet<(u16, u16)> =
-        containers.iter().flat_map(|it| it.network_bindings()).filter_map(binding).collect();
+    let bound =
+        containers.iter().flat_map(|container| container.network_bindings().iter().map(move |it| (container, it)));
+    // One for each family of addresses, on the same port or not.
+    let bindings: BTreeSet<Binding> = bound.filter_map(|(container, it)| binding(container, it)).collect();
     let runs = |status: &Option<String>| status.as_deref() == Some("RUNNING");
     let state = match it.health_status {
         _ if !runs(&it.desired_status) || !runs(&it.last_status) => State::Not,
@@ -208,16 +211,17 @@ fn definition(it: types::TaskDefinition) -> Option<Definition> {
         let container = u16::try_from(it.container_port?).ok().filter(|port| *port != 0)?;
         Some(Port { container, name: it.name.clone(), protocol }).filter(|_| tcp)
     };
-    let mut labels = BTreeMap::new();
-    for (key, value) in containers.iter().filter_map(|it| it.docker_labels()).flatten() {
-        labels.entry(key.clone()).or_insert_with(|| value.clone());
-    }
+    let is_checked = containers.iter().any(|it| it.health_check.is_some());
+    let container = |it: types::ContainerDefinition| Container {
+        ports: it.port_mappings().iter().filter_map(port).collect(),
+        labels: it.docker_labels.unwrap_or_default().into_iter().collect(),
+        name: it.name.unwrap_or_default(),
+    };
     Some(Definition {
         family: it.family?,
         revision: u32::try_from(it.revision).ok()?,
         mode,
-        ports: containers.iter().flat_map(|it| it.port_mappings()).filter_map(port).collect(),
-        labels,
-        is_checked: containers.iter().any(|it| it.health_check.is_some()),
+        containers: containers.into_iter().map(container).collect(),
+        is_checked,
     })
 }

@@ -10,12 +10,18 @@ use super::{
 };
 use crate::{
     config::{self, ecs::tests::ecs},
+    merge,
     model::Protocol,
+    task,
 };
 
-fn mesh() -> Mesh {
+fn usual() -> config::Config {
     let text = "[identity]\ntrust_domain = \"t\"\nca_bundle = \"/x\"\njoin_token_file = \"/x\"\n";
-    let config = config::parse(text).expect("parses");
+    config::parse(text).expect("parses")
+}
+
+fn mesh() -> Mesh {
+    let config = usual();
     let suffixes = vec!["mesh".to_owned(), "my.demo".to_owned()];
     Mesh { trust_domain: config.identity.trust_domain, enrol: config.enrol, suffixes }
 }
@@ -26,10 +32,29 @@ fn definition(family: &str, mode: NetworkMode, ports: &[u16]) -> Definition {
         family: family.into(),
         revision: 7,
         mode,
-        ports: ports.iter().map(port).collect(),
-        labels: BTreeMap::new(),
+        containers: vec![Container {
+            name: "c".into(),
+            ports: ports.iter().map(port).collect(),
+            ..Container::default()
+        }],
         is_checked: false,
     }
+}
+
+fn labels(labels: &[(&str, &str)]) -> BTreeMap<String, String> {
+    labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+}
+
+fn labelled(mut definition: Definition, all: &[(&str, &str)]) -> Definition {
+    definition.containers[0].labels = labels(all);
+    definition
+}
+
+fn bindings(container: &str, ports: &[(u16, u16)]) -> Vec<Binding> {
+    ports
+        .iter()
+        .map(|(port, host_port)| Binding { container: container.into(), port: *port, host_port: *host_port })
+        .collect()
 }
 
 fn task(n: u8, definition: &str) -> Task {
@@ -87,7 +112,7 @@ fn lines(set: &ServiceSet) -> Vec<String> {
 #[test]
 fn each_network_mode_has_its_addresses() {
     let by = "by 10.0.0.1:15008 as spiffe://t/ns/demo/sa/world";
-    let bridge = Task { bindings: vec![(8080, 32768)], ..task(1, "d") };
+    let bridge = Task { bindings: bindings("c", &[(8080, 32768)]), ..task(1, "d") };
     let awsvpc = Task { address: Some([10, 0, 1, 7].into()), ..task(1, "d") };
     for (mode, ports, task, expected) in [
         (NetworkMode::Bridge, &[8080][..], bridge, format!("world: 80* 10.0.0.1:32768 {by}, 8080 10.0.0.1:32768 {by}")),
@@ -129,8 +154,7 @@ fn in_the_mesh_or_not_is_known() {
     let plain = "world: 80 10.0.0.1:80";
     let meshed = format!("{plain} by 10.0.0.1:15008 as spiffe://t/ns/demo/sa/world");
     let host = |labels: &[(&str, &str)]| {
-        let labels = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
-        cluster(Definition { labels, ..definition("world", NetworkMode::Host, &[80]) }, vec![task(1, "d")])
+        cluster(labelled(definition("world", NetworkMode::Host, &[80]), labels), vec![task(1, "d")])
     };
     assert_eq!(show(&host(&[])), [meshed]);
     assert_eq!(show(&host(&[("ecs-mesh.enabled", "false")])), [plain]);
@@ -164,8 +188,7 @@ fn in_the_mesh_or_not_is_known() {
 
 #[test]
 fn a_service_and_its_family_have_names_of_their_own() {
-    let label = [(SERVICE_LABEL.to_owned(), "shop".to_owned())].into();
-    let labelled = Definition { labels: label, ..definition("world-task", NetworkMode::Host, &[80]) };
+    let labelled = labelled(definition("world-task", NetworkMode::Host, &[80]), &[(SERVICE_LABEL, "shop")]);
     let by = "80 10.0.0.1:80 by 10.0.0.1:15008 as spiffe://t/ns/demo/sa";
     assert_eq!(show(&cluster(labelled, vec![task(1, "d")])), [format!("shop: {by}/shop"), format!("world: {by}/shop")]);
     let family = cluster(definition("world-task", NetworkMode::Host, &[80]), vec![task(1, "d")]);
@@ -182,10 +205,122 @@ fn a_service_and_its_family_have_names_of_their_own() {
     assert!(lines(&set).is_empty());
 }
 
+/// The task as its host sees it, one for each container where they have no namespace together.
+fn seen_by_host(definition: &Definition, task: &Task) -> Vec<task::Task> {
+    let host: IpAddr = [10, 0, 0, 1].into();
+    let container = |it: &Container| {
+        let own = task.bindings.iter().filter(|binding| binding.container == it.name);
+        let published = |it: &Binding| task::Published { container_port: it.port, host: (host, it.host_port).into() };
+        task::Container {
+            id: it.name.clone(),
+            name: it.name.clone(),
+            exposed: it.ports.iter().map(|port| port.container).collect(),
+            published: own.map(published).collect(),
+            cgroup: None,
+            pid: None,
+            health: None,
+        }
+    };
+    let one = |n: usize, containers: &[Container]| {
+        let mut labels = BTreeMap::new();
+        for (key, value) in containers.iter().flat_map(|it| &it.labels) {
+            labels.entry(key.clone()).or_insert_with(|| value.clone());
+        }
+        task::Task {
+            id: format!("t{n}").parse().expect("valid"),
+            cluster: Some("demo".parse().expect("valid")),
+            family: definition.family.clone(),
+            mode: definition.mode,
+            phase: task::Phase::Running,
+            containers: containers.iter().map(container).collect(),
+            address: task.address.or_else(|| Some([172, 17, 0, u8::try_from(n).expect("few")].into())),
+            netns: None,
+            labels,
+        }
+    };
+    match definition.mode {
+        NetworkMode::Awsvpc => vec![one(2, &definition.containers)],
+        NetworkMode::Bridge | NetworkMode::Host | NetworkMode::None => {
+            definition.containers.chunks(1).enumerate().map(|(n, containers)| one(n + 2, containers)).collect()
+        }
+    }
+}
+
+/// `address as identity`, of every endpoint that the tasks' own host knows.
+fn known_by_host(tasks: Vec<task::Task>) -> BTreeSet<String> {
+    let mesh = mesh();
+    let sources = merge::Sources {
+        sets: &[],
+        tasks: tasks.into(),
+        gate: &crate::readiness::Gate::Open,
+        enrol: &mesh.enrol,
+        cluster: &"demo".parse().expect("valid"),
+        trust_domain: &mesh.trust_domain,
+        host: [10, 0, 0, 1].into(),
+        tunnel: ([10, 0, 0, 1], 15008).into(),
+        zone: None,
+        vips: &usual().vip,
+    };
+    let snapshot = merge::merge(&merge::Merged::default(), &sources).snapshot;
+    let endpoints = snapshot.services.values().flat_map(|service| &service.ports).flat_map(|port| &port.endpoints);
+    endpoints.map(|it| format!("{} as {}", it.addr(), it.identity.as_ref().expect("in the mesh"))).collect()
+}
+
+#[test]
+fn other_hosts_expect_who_the_tasks_own_host_lets_in() {
+    let port = |port: u16| Port { container: port, name: None, protocol: None };
+    let container = |name: &str, number: u16, all: &[(&str, &str)]| Container {
+        name: name.into(),
+        ports: vec![port(number)],
+        labels: labels(all),
+    };
+    let containers = vec![
+        container("a", 8080, &[(SERVICE_LABEL, "shop")]),
+        container("b", 8081, &[(SERVICE_LABEL, "metrics")]),
+        container("c", 8082, &[]),
+        container("d", 8083, &[("ecs-mesh.enabled", "false")]),
+    ];
+    let mut seen = Vec::new();
+    for mode in [NetworkMode::Bridge, NetworkMode::Host, NetworkMode::Awsvpc] {
+        let definition = Definition { containers: containers.clone(), ..definition("world", mode, &[]) };
+        let bound = [("a", 8080, 32768), ("b", 8081, 32769), ("c", 8082, 32770), ("d", 8083, 32771)];
+        let bound = |_: ()| bound.iter().flat_map(|(name, port, host)| bindings(name, &[(*port, *host)])).collect();
+        let (bindings, address) = match mode {
+            NetworkMode::Bridge => (bound(()), None),
+            NetworkMode::Awsvpc => (Vec::new(), Some([10, 0, 1, 7].into())),
+            NetworkMode::Host | NetworkMode::None => (Vec::new(), None),
+        };
+        let task = Task { bindings, address, ..task(1, "d") };
+        let local = known_by_host(seen_by_host(&definition, &task));
+        let (set, problems) = found(&cluster(definition, vec![task]));
+        assert!(problems.is_empty(), "{problems:?}");
+        let endpoints: Vec<_> = set.services.values().flat_map(|entry| &entry.endpoints).collect();
+        let remote = endpoints
+            .iter()
+            .filter_map(|it| Some(format!("{} as {}", it.endpoint.addr(), it.endpoint.identity.as_ref()?)));
+        assert_eq!(remote.collect::<BTreeSet<_>>(), local, "{mode:?}");
+        seen.push(lines(&set));
+    }
+    let by = |service: &str| format!("by 10.0.0.1:15008 as spiffe://t/ns/demo/sa/{service}");
+    let (a, b, c) = (by("shop"), by("metrics"), by("world"));
+    // The service of ECS has them all; its name is the family's here.
+    assert_eq!(
+        seen[0],
+        [
+            format!("metrics: 80* 10.0.0.1:32769 {b}, 8081 10.0.0.1:32769 {b}"),
+            format!("shop: 80* 10.0.0.1:32768 {a}, 8080 10.0.0.1:32768 {a}"),
+            format!(
+                "world: 8080 10.0.0.1:32768 {a}, 8081 10.0.0.1:32769 {b}, 8082 10.0.0.1:32770 {c}, 8083 10.0.0.1:32771"
+            ),
+        ]
+    );
+    assert_eq!(seen[2].len(), 2, "one namespace, one service, besides that of ECS: {:?}", seen[2]);
+}
+
 #[test]
 fn service_connect_gives_names_and_ports() {
     let mut cluster = cluster(definition("world", NetworkMode::Bridge, &[8080, 9090]), Vec::new());
-    cluster.tasks = vec![Task { bindings: vec![(8080, 32768), (9090, 32769)], ..task(1, "d") }];
+    cluster.tasks = vec![Task { bindings: bindings("c", &[(8080, 32768), (9090, 32769)]), ..task(1, "d") }];
     let aliases = |all: &[(&str, u16)]| all.iter().map(|(name, port)| ((*name).to_owned(), *port)).collect();
     let connects = vec![
         Connect { port_name: "p8080".into(), aliases: aliases(&[("server", 80), ("Api.my.demo", 8000)]) },
