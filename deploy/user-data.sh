@@ -220,6 +220,9 @@ LimitNOFILE=1048576
 TasksMax=4096
 # All tasks of the host depend on it: among the last to be killed when memory runs out.
 OOMScoreAdjust=-900
+# As unlikely to be killed, it must not take the host's memory from the tasks: what clients leave unread waits in the agent, up to
+# 25 MB for an HTTP/2 connection and 1 MB for a TCP connection over a tunnel. Killed by this, it starts again at once.
+MemoryMax=50%
 
 # What the agent needs: SYS_ADMIN enters network namespaces and loads programs, NET_ADMIN attaches them and marks
 # sockets, SYS_PTRACE opens namespaces of tasks whose user is not root, DAC_READ_SEARCH reads below docker's folders.

@@ -278,15 +278,17 @@ fn consul(name: &str, datacenter: Option<&str>, instances: &[(&str, &str, &[(&st
 
 /// One ECS service with one Fargate task, which has Service Connect's alias.
 fn ecs(service: &str, family: &str, alias: &str, at: [u8; 4]) -> services::ServiceSet {
-    use crate::ecs::model::{Checked, Cluster, Connect, Definition, Deployment, Port, Service, State, Task};
+    use crate::ecs::model::{Checked, Cluster, Connect, Container, Definition, Deployment, Port, Service, State, Task};
     let connect = Connect { port_name: "http".into(), aliases: vec![(alias.to_owned(), 80)] };
     let deployment = Deployment { connects: vec![connect], ..Deployment::default() };
     let definition = Definition {
         family: family.into(),
         revision: 1,
         mode: crate::task::NetworkMode::Awsvpc,
-        ports: vec![Port { container: 8080, name: Some("http".into()), protocol: None }],
-        labels: BTreeMap::new(),
+        containers: vec![Container {
+            ports: vec![Port { container: 8080, name: Some("http".into()), protocol: None }],
+            ..Container::default()
+        }],
         is_checked: false,
     };
     let task = Task {
