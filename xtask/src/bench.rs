@@ -53,7 +53,7 @@ pub fn run(args: &Args) -> Result<bool> {
     // What cannot be set up is said before the first build, and not at all for somebody who only asks for help.
     let is_help = args.arguments.iter().any(|argument| argument == "--help");
     match name.as_str() {
-        "peers" if !is_help => peers::prepare(&mut cargo, &args.arguments)?,
+        "peers" if !is_help => peers::prepare_for(&mut cargo, &args.arguments)?,
         "hooks" => peers::prepare_alone(&mut cargo)?,
         "freshness" => freshness::prepare(&mut cargo)?,
         "scale" if needs_consul(&args.arguments) => freshness::prepare(&mut cargo)?,

@@ -184,7 +184,7 @@ fn services_are_golden() {
                         {
                             "address": "10.90.1.10:32768", "reach": "local", "agent": null,
                             "deliver": "172.17.0.3:8080", "identity": "spiffe://demo.mesh/ns/demo/sa/world",
-                            "health": "healthy", "zone": "a", "weight": 100, "task": null, "load": load_at(ejected)
+                            "health": "healthy", "zone": "a", "weight": 100, "task": "world-1", "load": load_at(ejected)
                         },
                         {
                             "address": "10.90.1.11:32768", "reach": "tunnel", "agent": "10.90.1.11:15008",

