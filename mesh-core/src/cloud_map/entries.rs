@@ -99,7 +99,9 @@ pub fn entries(
     for (instance, endpoint) in by_addr.into_values() {
         let ports = ports(endpoint.addr().port(), &instance.attributes);
         let endpoint = Arc::new(endpoint);
-        let served = ports.into_iter().map(|(port, alias)| EndpointEntry { port, alias, endpoint: endpoint.clone() });
+        let assumed = !instance.attributes.contains_key(attribute::PORT) && endpoint.agent().is_none();
+        let served = ports.into_iter();
+        let served = served.map(|(port, alias)| EndpointEntry { port, alias, assumed, endpoint: endpoint.clone() });
         let served: Vec<_> = served.collect();
         if let Some(service) = service(&instance.attributes).filter(|service| service != name) {
             others.entry(service).or_default().extend(served.iter().cloned());

@@ -106,7 +106,8 @@ fn endpoints_of(instance: &Instance, interned: &mut Interned, problems: &mut Vec
         ..Endpoint::listed(instance.addr, agent, identity)
     });
     let ports = ports(instance.addr.port(), &instance.meta);
-    ports.into_iter().map(|(port, alias)| EndpointEntry { port, alias, endpoint: endpoint.clone() }).collect()
+    let entry = |(port, alias)| EndpointEntry { port, alias, assumed: false, endpoint: endpoint.clone() };
+    ports.into_iter().map(entry).collect()
 }
 
 /// Consul's default weight is 1, ours is 100: the shares between instances stay what they are.

@@ -176,7 +176,7 @@ impl View<'_> {
                 attributes: attributes.clone(),
                 ..Endpoint::listed(addr, agent, identity.clone())
             });
-            (container, EndpointEntry { port: None, alias: false, endpoint })
+            (container, EndpointEntry { port: None, alias: false, assumed: false, endpoint })
         };
         Ok(reached.into_iter().map(endpoint).collect())
     }
