@@ -233,7 +233,7 @@ impl Shared {
     /// Asks for one service once, without following it.
     pub(super) async fn look(self: Arc<Self>, key: Key) {
         let of = Asked::Service(key.clone());
-        let read = self.ask(&of, None).await.and_then(|answer| Ok(answer::instances(&answer.body)?));
+        let read = self.ask(&of, None).await.and_then(|answer| instances(&answer));
         let news = match read {
             Ok(instances) => News::Instances { key, instances },
             Err(trouble) => News::Failed { of, trouble },
@@ -261,15 +261,18 @@ fn read(of: &Asked, answer: &Answer) -> Result<Read, Trouble> {
             }
             Read::Names(names)
         }
-        Asked::Service(_) => {
-            let instances = answer::instances(&answer.body)?;
-            if answer.filtered && instances.usable.is_empty() {
-                return Err(Trouble::Hidden);
-            }
-            Read::Instances(instances)
-        }
+        Asked::Service(_) => Read::Instances(instances(answer)?),
         Asked::Checks(..) => Read::Checks(answer::bad_checks(&answer.body)?),
     })
+}
+
+/// The instances of a service: none at all, where an ACL has kept some back, is not taken for its end.
+fn instances(answer: &Answer) -> Result<Instances, Trouble> {
+    let instances = answer::instances(&answer.body)?;
+    if answer.filtered && instances.usable.is_empty() {
+        return Err(Trouble::Hidden);
+    }
+    Ok(instances)
 }
 
 /// The checks of one state as last seen.
