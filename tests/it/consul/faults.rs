@@ -221,3 +221,41 @@ fn instances_that_an_acl_hides_take_nothing_away_from_a_swept_service_either() -
     }
     Ok(())
 }
+
+/// Consul's own servers are in the namespace `default`: another one may have no service at all.
+#[test]
+fn a_namespace_may_be_empty() -> Result<()> {
+    let double = Double::start()?;
+    let running = double.running_with("namespace = \"team-a\"")?;
+    let world: &[(&str, &[&str])] = &[("world", &["80 10.0.0.1:80 100"])];
+    running.await_seen(world)?;
+    let asked = double.asked();
+    ensure!(asked.len() >= 2 && asked.iter().all(|asked| asked.contains("ns=team-a")), "{asked:?}");
+    let names = |names, filtered| {
+        double.change(|script| {
+            (script.names, script.filtered) = (names, filtered);
+            script.index = script.index.map(|index| index + 1);
+        });
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let check = |more: &str| {
+        let config = super::discovery::configured(&format!("address = \"http://{}\"\n{more}", double.addr))?;
+        anyhow::Ok(runtime.block_on(mesh_agent::discovery::consul::check::check(config)))
+    };
+    names("{}", false);
+    running.await_seen(&[])?;
+    ensure!(running.error().is_none(), "{:?}", running.error());
+    let said = check("namespace = \"team-a\"")?;
+    ensure!(said.as_ref().is_ok_and(|said| said.contains("0 of 0 services are wanted")), "{said:?}");
+    for with_servers in ["", "namespace = \"default\""] {
+        ensure!(check(with_servers)?.is_err(), "{with_servers}: Consul itself is missing");
+    }
+    names(r#"{"world":[]}"#, false);
+    running.await_seen(world)?;
+    // Emptied by an ACL.
+    names("{}", true);
+    running.await_error("Consul hides services")?;
+    running.await_seen(world)?;
+    ensure!(check("namespace = \"team-a\"")?.is_err(), "it is hidden");
+    Ok(())
+}

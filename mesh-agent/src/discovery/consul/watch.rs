@@ -147,7 +147,7 @@ impl Shared {
                 if cursor.goes_on_with(answer.index) && !failing && answer.body == list {
                     return Ok((cursor.answered(answer.index), Read::SameNames));
                 }
-                let read = read(&of, &answer)?;
+                let read = read(&of, &answer, &self.config)?;
                 if let Read::Names(_) = read {
                     list = answer.body;
                 }
@@ -251,19 +251,23 @@ enum Read {
     Checks(Vec<answer::BadCheck>),
 }
 
-fn read(of: &Asked, answer: &Answer) -> Result<Read, Trouble> {
+fn read(of: &Asked, answer: &Answer, config: &Consul) -> Result<Read, Trouble> {
     Ok(match of {
-        Asked::Names(_) => {
-            let names = answer::names(&answer.body)?;
-            // Consul's servers are a service themselves: a list without any is one that an ACL has emptied.
-            if names.is_empty() {
-                return Err(Trouble::Hidden);
-            }
-            Read::Names(names)
-        }
+        Asked::Names(_) => Read::Names(names(answer, config)?),
         Asked::Service(_) => Read::Instances(instances(answer)?),
         Asked::Checks(..) => Read::Checks(answer::bad_checks(&answer.body)?),
     })
+}
+
+/// The list of services: an empty one that an ACL has emptied is not taken for the end of all of them. Consul before
+/// 1.11 does not say so, but its servers are a service themselves; of the namespace `default` only.
+pub(super) fn names(answer: &Answer, config: &Consul) -> Result<Names, Trouble> {
+    let names = answer::names(&answer.body)?;
+    let with_servers = config.namespace.as_deref().is_none_or(|namespace| namespace == "default");
+    if names.is_empty() && (answer.filtered || with_servers) {
+        return Err(Trouble::Hidden);
+    }
+    Ok(names)
 }
 
 /// The instances of a service: none at all, where an ACL has kept some back, is not taken for its end.
