@@ -194,14 +194,16 @@ fn endpoint_entry() -> impl Strategy<Value = EndpointEntry> {
         agent,
         prop::sample::select(vec![0_u32, 1, 100]),
         prop::bool::weighted(0.2),
+        prop::bool::weighted(0.2),
     )
-        .prop_map(|(port, addr, agent, weight, alias)| EndpointEntry {
+        .prop_map(|(port, addr, agent, weight, alias, assumed)| EndpointEntry {
             port: if alias { Some(80) } else { Some(port) },
             endpoint: Arc::new(Endpoint {
                 weight,
                 ..Endpoint::listed(addr.parse().expect("valid"), agent.map(|agent| agent.parse().expect("valid")), None)
             }),
             alias,
+            assumed: assumed && !alias && agent.is_none(),
         })
 }
 

@@ -95,6 +95,37 @@ pub(crate) fn meshed(
     }
 }
 
+/// How much of what [`meshed`] wants is missing: an instance of which less is missing stands for all at its address.
+///
+/// Somebody else may have registered the same task too, and knows nothing of a tunnel. Whether the task may be called is
+/// then the word of its own host's agent alone: were the other one used because it is said to be well, whoever could not
+/// be reached by mTLS would be sent plaintext.
+pub(crate) fn missing(says: &BTreeMap<String, String>) -> usize {
+    [meta::AGENT, meta::IDENTITY].iter().filter(|key| !says.contains_key(**key)).count()
+}
+
+/// Those with the lowest rank of their group, in their order, and those in whose place they stand. Who has no group
+/// stands for himself.
+pub(crate) fn foremost<T: Copy, G: Ord, R: Ord>(
+    all: Vec<T>,
+    group: impl Fn(T) -> Option<G>,
+    rank: impl Fn(T) -> R,
+) -> (Vec<T>, Vec<T>) {
+    // Mostly all are alike.
+    if all.windows(2).all(|two| rank(two[0]) == rank(two[1])) {
+        return (all, Vec::new());
+    }
+    let mut lowest: BTreeMap<G, R> = BTreeMap::new();
+    for one in &all {
+        let (Some(group), rank) = (group(*one), rank(*one)) else { continue };
+        if lowest.get(&group).is_none_or(|lowest| rank < *lowest) {
+            lowest.insert(group, rank);
+        }
+    }
+    let lowest = |one: &T| lowest.get(&group(*one)?);
+    all.into_iter().partition(|one| lowest(one).is_none_or(|lowest| rank(*one) <= *lowest))
+}
+
 /// (service port, whether it is only an alias) under which an instance is reached: those that it names. Otherwise its
 /// own port, where somebody chose it, and whatever clients use that were told no port.
 pub(crate) fn ports(own: u16, says: &BTreeMap<String, String>) -> Vec<(Option<u16>, bool)> {
@@ -214,5 +245,30 @@ impl Interned {
         let zone: Arc<str> = zone.into();
         self.zones.insert(zone.clone());
         zone
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Nobody is lost, each group is stood for, and only by its lowest; the order of all does not matter.
+        #[test]
+        fn the_lowest_of_each_group_stand_for_it(all in prop::collection::vec((prop::option::of(0_u8..4), 0_u8..3), 0..12)) {
+            let (group, rank) = (|it: (Option<u8>, u8)| it.0, |it: (Option<u8>, u8)| it.1);
+            let (stand, behind) = foremost(all.clone(), group, rank);
+            for one in &stand {
+                prop_assert!(one.0.is_none() || all.iter().all(|other| other.0 != one.0 || other.1 >= one.1));
+            }
+            for one in &behind {
+                prop_assert!(one.0.is_some() && stand.iter().any(|other| other.0 == one.0 && other.1 < one.1));
+            }
+            let sorted = |mut all: Vec<_>| { all.sort_unstable(); all };
+            prop_assert_eq!(sorted([stand.clone(), behind].concat()), sorted(all.clone()));
+            let turned = foremost(all.into_iter().rev().collect(), group, rank).0;
+            prop_assert_eq!(turned.into_iter().rev().collect::<Vec<_>>(), stand);
+        }
     }
 }

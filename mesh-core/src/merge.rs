@@ -246,8 +246,8 @@ impl<'a> Definition<'a> {
             definition.endpoints.extend(&entry.endpoints);
             definition.tls = definition.tls.or(entry.tls);
             definition.on_agent_death = definition.on_agent_death.or(entry.on_agent_death);
-            definition.has_80 |=
-                entry.endpoints.iter().any(|e| !e.alias && e.port.unwrap_or(e.endpoint.addr().port()) == 80);
+            let is_80 = |e: &EndpointEntry| !e.alias && !e.assumed && e.port.unwrap_or(e.endpoint.addr().port()) == 80;
+            definition.has_80 |= entry.endpoints.iter().any(is_80);
         }
         defined.then_some(definition)
     }
@@ -279,8 +279,12 @@ fn ports(
         draft.endpoints.entry(endpoint.id).or_insert_with(|| endpoint.clone());
     }
     let own = SpiffeId::new(sources.trust_domain, sources.cluster, name).ok();
+    let known = known_better(name, definition, locals);
     let mut seen = BTreeSet::new();
     for entry in &definition.endpoints {
+        if entry.assumed && known.contains(&entry.endpoint.addr().ip()) {
+            continue;
+        }
         let Some(port) = port_of(entry, definition) else { continue };
         let Some(endpoint) = registered(sources, own.as_ref(), entry, locals) else { continue };
         if !seen.insert((port, endpoint.id)) {
@@ -302,6 +306,16 @@ fn ports(
         ServicePort { id: 0, port, protocol: explicit.unwrap_or(guessed), endpoints }
     };
     drafts.into_iter().map(port).collect()
+}
+
+/// Where somebody knows the ports of an endpoint of the service; nothing while no port is assumed.
+fn known_better(name: &ServiceName, definition: &Definition<'_>, locals: &Locals) -> BTreeSet<IpAddr> {
+    if !definition.endpoints.iter().any(|entry| entry.assumed) {
+        return BTreeSet::new();
+    }
+    let registered = definition.endpoints.iter().filter(|entry| !entry.assumed).map(|entry| entry.endpoint.addr());
+    let here = locals.of(name).flat_map(|served| served.endpoint.addresses());
+    registered.chain(here).map(|addr| addr.ip()).collect()
 }
 
 /// The service port that a registered endpoint serves: the named one, the only one, or the one of its own number.

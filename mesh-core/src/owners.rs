@@ -8,7 +8,10 @@ use std::{
     sync::Arc,
 };
 
-use crate::{id::ServiceName, services::ServiceEntry};
+use crate::{
+    id::ServiceName,
+    services::{EndpointEntry, ServiceEntry},
+};
 
 /// The services behind a name.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,7 +35,12 @@ impl Owners {
         let (first, _) = owned().next()?;
         let addresses: BTreeSet<_> = owned().flat_map(|(_, all)| all).map(|it| it.endpoint.addr()).collect();
         let rest = entries.clone().filter(|entry| entry.owners.is_none()).flat_map(|entry| &entry.endpoints);
-        let own = local || rest.into_iter().any(|it| !addresses.contains(&it.endpoint.addr()));
+        let is_known = |it: &EndpointEntry| match it.endpoint.addr() {
+            // Of a port that is only assumed, the address alone tells whose it is.
+            at if it.assumed => addresses.iter().any(|known| known.ip() == at.ip()),
+            at => addresses.contains(&at),
+        };
+        let own = local || rest.into_iter().any(|it| !is_known(it));
         let all: BTreeSet<_> = owned().flat_map(|(owners, _)| owners.services()).collect();
         if all.len() == first.0.len() && (!own || all.iter().any(|names| names.is_empty())) {
             return Some(first.clone());

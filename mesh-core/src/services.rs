@@ -66,6 +66,9 @@ pub struct EndpointEntry {
     /// The port is not one that somebody chose but the one that clients use who were told none: 80, unless the service
     /// really serves that one, or the only one that is defined.
     pub alias: bool,
+    /// Nobody has said the port of its address; such endpoints usually have this one. It gives way to any other endpoint of
+    /// the service at its IP.
+    pub assumed: bool,
 }
 
 /// What a registry knows of an endpoint besides. Mostly the same for many endpoints, so shared.
@@ -209,7 +212,7 @@ fn endpoint(s: &mut Section<'_>, ports: Option<&[PortEntry]>) -> Option<Endpoint
     }
     let weight = s.number("weight", 0, MAX_WEIGHT).unwrap_or(DEFAULT_WEIGHT);
     let endpoint = Endpoint { weight, zone: zone.map(Arc::from), ..Endpoint::listed(addr?, agent, identity) };
-    Some(EndpointEntry { port, endpoint: Arc::new(endpoint), alias: false })
+    Some(EndpointEntry { port, endpoint: Arc::new(endpoint), alias: false, assumed: false })
 }
 
 /// An address that can be connected to.

@@ -82,6 +82,7 @@ fn entry(n: usize, endpoints: usize) -> ServiceEntry {
         port: None,
         endpoint: Arc::new(Endpoint::listed(address(n, e), Some(agent(address(n, e))), None)),
         alias: false,
+        assumed: false,
     };
     ServiceEntry {
         name: name(n),

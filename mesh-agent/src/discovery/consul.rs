@@ -52,6 +52,8 @@ const PROGRESS: Duration = Duration::from_secs(1);
 const SWEEP_RATE: u32 = 20;
 /// Services swept at a time.
 const SWEEPERS: usize = 4;
+/// Where all that is to be swept gets no answer, one of it is asked for so often.
+const RETRY: Duration = Duration::from_secs(1);
 /// A service that no task has asked for in so long gives its watch to one that a task asks for.
 const IDLE: Duration = Duration::from_secs(300);
 /// After this long everybody has looked at what was handed on last.
@@ -224,6 +226,10 @@ impl Director {
                     && self.sweep.looking.remove(key)
                 {
                     // Not followed, so nobody else asks again.
+                    if self.sweep.queued.len() < self.failing.len() {
+                        // It is not kept from those that get answers.
+                        self.sweep.next = Some(Instant::now() + RETRY);
+                    }
                     self.sweep.last(key.clone(), false);
                 }
                 self.ill(of, trouble).await;

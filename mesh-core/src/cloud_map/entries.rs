@@ -12,7 +12,7 @@ use crate::{
     addr::canonical,
     config::cloud_map::{CloudMap, Health},
     id::ServiceName,
-    instance::{Contribution, Interned, meshed, meta, owners, ports, service, tags},
+    instance::{Contribution, Interned, foremost, meshed, meta, missing, owners, ports, service, tags},
     model::Endpoint,
     owners::Owners,
     resolve::of_datacenter,
@@ -69,13 +69,16 @@ pub fn entries(
     if instances.len() >= LARGEST_ANSWER {
         problems.push(format!("there are {LARGEST_ANSWER} instances or more, and Cloud Map tells no more of them"));
     }
+    // ECS registers a task, perhaps without its port, and the agent of its host may do so too.
+    let at = |instance: &Instance| addr(instance, config.default_port).ok();
+    let (counting, _) = foremost(instances.iter().collect(), at, |it| missing(&it.attributes));
+    let (counting, _) = foremost(counting, |it| at(it).map(|addr| addr.ip()), |it| is_assumed(&it.attributes));
     // Which of them serve: whoever is not said to be ill, and if that is nobody, all where that is wanted.
-    let well = |instance: &Instance| instance.health != Said::Unhealthy;
-    let anybody = config.health == Health::HealthyOrElseAll && !instances.iter().any(well);
+    let well = |instance: &&Instance| instance.health != Said::Unhealthy;
+    let anybody = config.health == Health::HealthyOrElseAll && !counting.iter().any(well);
     let mut interned = Interned::default();
-    // ECS registers a task, and the agent of its host may do so too: one endpoint, and the one with a tunnel says more.
     let mut by_addr: BTreeMap<SocketAddr, (&Instance, Endpoint)> = BTreeMap::new();
-    for instance in instances.iter().filter(|instance| anybody || well(instance)) {
+    for instance in counting.into_iter().filter(|instance| anybody || well(instance)) {
         let endpoint = match endpoint(instance, config, &mut interned) {
             Ok(endpoint) => endpoint,
             Err(problem) => {
@@ -83,12 +86,10 @@ pub fn entries(
                 continue;
             }
         };
-        let rank = |endpoint: &Endpoint, id: &str| (endpoint.agent().is_none(), id.to_owned());
         match by_addr.entry(endpoint.addr()) {
             Entry::Vacant(vacant) => drop(vacant.insert((instance, endpoint))),
             Entry::Occupied(mut held) => {
-                let (other, before) = held.get();
-                if rank(&endpoint, &instance.id) < rank(before, &other.id) {
+                if instance.id < held.get().0.id {
                     held.insert((instance, endpoint));
                 }
             }
@@ -102,7 +103,9 @@ pub fn entries(
     for (instance, endpoint) in by_addr.into_values() {
         let ports = ports(endpoint.addr().port(), &instance.attributes);
         let endpoint = Arc::new(endpoint);
-        let served = ports.into_iter().map(|(port, alias)| EndpointEntry { port, alias, endpoint: endpoint.clone() });
+        let assumed = is_assumed(&instance.attributes);
+        let served = ports.into_iter();
+        let served = served.map(|(port, alias)| EndpointEntry { port, alias, assumed, endpoint: endpoint.clone() });
         let served: Vec<_> = served.collect();
         if let Some(service) = service(&instance.attributes).filter(|service| service != name) {
             others.entry(service).or_default().extend(served.iter().cloned());
@@ -130,6 +133,11 @@ fn endpoint(instance: &Instance, config: &CloudMap, interned: &mut Interned) -> 
     let meta = says.iter().filter(|(key, _)| besides(key)).map(|(key, value)| (key.clone(), value.clone()));
     let attributes = interned.of(Attributes { tags: tags(says), meta: meta.collect() });
     Ok(Endpoint { zone, attributes, ..Endpoint::listed(addr, agent, identity) })
+}
+
+/// Whether nobody has said the port. Of an instance with a tunnel it is known where that leads.
+fn is_assumed(says: &BTreeMap<String, String>) -> bool {
+    !says.contains_key(attribute::PORT) && !says.contains_key(meta::AGENT)
 }
 
 fn addr(instance: &Instance, default_port: u16) -> Result<SocketAddr, String> {
@@ -240,6 +248,34 @@ mod tests {
         let half = instance("x", Said::Healthy, &[&addr[..], &tunnel[..1]].concat());
         let (found, problems) = show(&[half], None, &config);
         assert_eq!((found, problems.len()), (vec!["server: ".to_owned()], 1));
+    }
+
+    #[test]
+    fn one_in_the_mesh_stands_for_its_address_also_when_it_is_ill() {
+        use Said::{Healthy, Unhealthy};
+        let config = cloud_map("");
+        let (addr, port) = (("AWS_INSTANCE_IPV4", "10.0.0.1"), ("AWS_INSTANCE_PORT", "8080"));
+        let tunnel = [(meta::AGENT, "10.0.0.1:15008"), (meta::IDENTITY, "spiffe://t/ns/demo/sa/server")];
+        let by = "server: 8080 10.0.0.1:8080 by 10.0.0.1:15008, 0* 10.0.0.1:8080 by 10.0.0.1:15008";
+        let ours = |said| instance("ecs-mesh:1", said, &[&[addr, port], &tunnel[..]].concat());
+        // With A records, ECS does not even tell the port.
+        for says in [&[addr, port][..], &[addr]] {
+            for (by_ecs, by_us, expected) in
+                [(Healthy, Healthy, by), (Unhealthy, Healthy, by), (Healthy, Unhealthy, "server: ")]
+            {
+                let mut both = [instance("0a", by_ecs, says), ours(by_us)];
+                for _ in 0..2 {
+                    assert_eq!(show(&both, None, &config), (vec![expected.to_owned()], vec![]), "{both:?}");
+                    both.reverse();
+                }
+            }
+        }
+        let lenient = cloud_map("health = \"healthy_or_else_all\"");
+        assert_eq!(
+            show(&[instance("0a", Healthy, &[addr]), ours(Unhealthy)], None, &lenient).0,
+            [by],
+            "nobody else is well"
+        );
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
     sync::Arc,
 };
 
@@ -12,7 +13,7 @@ use super::answer::{Instance, Status};
 use crate::{
     config::discovery::{Consul, Health, TagNames},
     id::ServiceName,
-    instance::{Contribution, Interned, meshed, meta, owners, ports, service},
+    instance::{Contribution, Interned, foremost, meshed, meta, missing, owners, ports, service},
     model::Endpoint,
     owners::Owners,
     resolve::{of_datacenter, of_tag},
@@ -39,7 +40,12 @@ pub fn entries(
     instances: &[Instance],
     config: &Consul,
 ) -> (Vec<Contribution>, Vec<String>) {
-    let usable: Vec<&Instance> = instances.iter().filter(|instance| is_usable(instance, config.health)).collect();
+    let (counting, behind) = foremost(instances.iter().collect(), |it| Some(it.addr), |it| missing(&it.meta));
+    let mut twins: BTreeMap<SocketAddr, Vec<&Instance>> = BTreeMap::new();
+    for twin in behind {
+        twins.entry(twin.addr).or_default().push(twin);
+    }
+    let usable: Vec<&Instance> = counting.into_iter().filter(|instance| is_usable(instance, config.health)).collect();
     let mut problems = Vec::new();
     let named = |tag: Option<&str>| {
         let name = match tag {
@@ -86,7 +92,11 @@ pub fn entries(
     let tags: BTreeSet<&str> = instances.iter().flat_map(|instance| &instance.tags).map(String::as_str).collect();
     for tag in tags.into_iter().filter(|tag| wants(&config.tag_names, tag)) {
         let Some(service) = named(Some(tag)) else { continue };
-        let tagged = || endpoints.iter().filter(|(instance, _)| instance.tags.contains(tag));
+        let bears = |instance: &Instance| {
+            let mut twins = twins.get(&instance.addr).into_iter().flatten();
+            instance.tags.contains(tag) || twins.any(|twin| twin.tags.contains(tag))
+        };
+        let tagged = || endpoints.iter().filter(|(instance, _)| bears(instance));
         let owners = owners(name, &behind(Some(tag)), tagged().map(|(instance, _)| &instance.meta));
         found.push(Contribution::of(service, tagged().map(|(_, endpoint)| endpoint.clone()).collect(), true, owners));
     }
@@ -117,7 +127,8 @@ fn endpoints_of(instance: &Instance, interned: &mut Interned, problems: &mut Vec
         ..Endpoint::listed(instance.addr, agent, identity)
     });
     let ports = ports(instance.addr.port(), &instance.meta);
-    ports.into_iter().map(|(port, alias)| EndpointEntry { port, alias, endpoint: endpoint.clone() }).collect()
+    let entry = |(port, alias)| EndpointEntry { port, alias, assumed: false, endpoint: endpoint.clone() };
+    ports.into_iter().map(entry).collect()
 }
 
 /// Consul's default weight is 1, ours is 100: the shares between instances stay what they are.
@@ -199,6 +210,41 @@ mod tests {
             let instances = [instance("10.0.0.1:32768", &[], half)];
             let (found, problems) = entries(&"world".parse().expect("valid"), None, &instances, &config());
             assert_eq!((found.len(), found[0].entry.endpoints.len(), problems.len()), (1, 0, 1), "{half:?}");
+        }
+    }
+
+    /// Registrator and an agent have both registered the task.
+    #[test]
+    fn of_two_at_one_address_the_one_in_the_mesh_counts_whatever_health_they_have() {
+        let (agent, identity) = ((meta::AGENT, "10.0.0.1:15008"), (meta::IDENTITY, "spiffe://a/ns/demo/sa/world"));
+        let at = |tags: &[&str], meta: &[(&str, &str)], status| Instance {
+            status,
+            ..instance("10.0.0.1:32768", tags, meta)
+        };
+        let (passing, critical) = (Status::Passing, Status::Critical);
+        let (by, plain) = ("world: 0* 10.0.0.1:32768 by 10.0.0.1:15008 100", "world: 0* 10.0.0.1:32768 100");
+        for (theirs, ours, ours_status, theirs_status, expected) in [
+            (&["v1"][..], &[agent, identity][..], passing, passing, by),
+            // Theirs tells nothing of a task that its own host's agent knows.
+            (&["v1"], &[agent, identity], passing, critical, by),
+            (&["v1"], &[agent, identity], critical, passing, "world: "),
+            // It is not known what would be sent where.
+            (&["v1"], &[agent], passing, passing, "world: "),
+            // Nobody is in the mesh: whoever is well serves.
+            (&["v1"], &[], critical, passing, plain),
+            (&["v1"], &[], passing, critical, plain),
+        ] {
+            let mut both = [at(theirs, &[], theirs_status), at(&[], ours, ours_status)];
+            for _ in 0..2 {
+                let shown = show(None, &both, &config());
+                assert_eq!(shown[0], expected, "{both:?}");
+                // Whatever only theirs is tagged with stays a name, and leads the same way.
+                let tagged = expected != plain || theirs_status == passing;
+                let expected =
+                    if tagged { expected.replace("world:", "world--tag-v1:") } else { "world--tag-v1: ".into() };
+                assert_eq!(shown[1..], [expected], "{both:?}");
+                both.reverse();
+            }
         }
     }
 

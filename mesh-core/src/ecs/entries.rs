@@ -227,6 +227,7 @@ impl View<'_> {
                 endpoint: EndpointEntry {
                     port: None,
                     alias: false,
+                    assumed: false,
                     endpoint: Arc::new(Endpoint {
                         zone: zone.clone(),
                         attributes: attributes.clone(),

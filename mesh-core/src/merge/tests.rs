@@ -213,6 +213,7 @@ fn it_scales() {
                 Some("spiffe://a/ns/demo/sa/s".parse().expect("valid")),
             )),
             alias: false,
+            assumed: false,
         };
         services::ServiceEntry {
             name: format!("s{n}").parse().expect("valid"),
@@ -428,6 +429,7 @@ fn an_alias_gives_way_to_who_is_asked_for_by_that_port() {
         port,
         endpoint: Arc::new(Endpoint::listed(addr(at), None, None)),
         alias,
+        assumed: false,
     };
     let registry = |endpoints| ServiceSet::of([registered("world", endpoints)]);
     let two = vec![endpoint(Some(80), true, "10.0.0.1:32768"), endpoint(None, true, "10.0.0.2:32768")];
@@ -447,6 +449,52 @@ fn an_alias_gives_way_to_who_is_asked_for_by_that_port() {
     check(
         &world(vec![file("{ port = 8080 }, { port = 80 }"), registry(two)]),
         &["world:80 Auto", one, other, "world:8080 Auto"],
+    );
+}
+
+/// What Cloud Map says of `world`: an instance for each of these, of which nobody says the port.
+fn without_ports(addresses: &[&str]) -> ServiceSet {
+    use crate::{cloud_map::entries, config::cloud_map::tests::cloud_map};
+    let instance = |ip: &&str| entries::Instance {
+        id: (*ip).into(),
+        health: entries::Said::Healthy,
+        attributes: [(entries::attribute::IPV4.to_owned(), (*ip).to_owned())].into(),
+    };
+    let instances: Vec<_> = addresses.iter().map(instance).collect();
+    let (found, problems) = entries::entries(&"world".parse().expect("valid"), None, &instances, &cloud_map(""));
+    assert!(problems.is_empty(), "{problems:?}");
+    ServiceSet::of(found.iter().map(|it| services::ServiceEntry::clone(&it.entry)))
+}
+
+#[test]
+fn a_port_that_nobody_said_gives_way_to_one_that_somebody_knows() {
+    let endpoint = |port, alias, at: &str| EndpointEntry {
+        port: Some(port),
+        endpoint: Arc::new(Endpoint::listed(addr(at), Some(SocketAddr::new(addr(at).ip(), 15008)), None)),
+        alias,
+        assumed: false,
+    };
+    let world = |tasks, sets: Vec<ServiceSet>| World { sets, tasks, ..World::default() };
+    // Alone, it has the usual port, also beside one that is really there.
+    let (one, other) = ("  10.0.0.1:80 plain Healthy 100", "  10.0.0.2:80 plain Healthy 100");
+    check(&world(vec![], vec![without_ports(&["10.0.0.1", "10.0.0.2"])]), &["world:80 Auto", one, other]);
+    let real = ServiceSet::of([registered("world", vec![endpoint(80, false, "10.0.0.3:80")])]);
+    let third = "  10.0.0.3:80 by 10.0.0.3:15008 Healthy 100";
+    check(&world(vec![], vec![real, without_ports(&["10.0.0.1"])]), &["world:80 Auto", one, third]);
+    // ECS knows the container's port, and who is in front of it.
+    let by_ecs = vec![endpoint(8080, false, "10.0.0.1:8080"), endpoint(80, true, "10.0.0.1:8080")];
+    let by_ecs = ServiceSet::of([registered("world", by_ecs)]);
+    let tunnel = "  10.0.0.1:8080 by 10.0.0.1:15008 Healthy 100";
+    for sets in [vec![by_ecs.clone(), without_ports(&["10.0.0.1"])], vec![without_ports(&["10.0.0.1"]), by_ecs]] {
+        check(&world(vec![], sets), &["world:80 Auto", tunnel, "world:8080 Auto", tunnel]);
+    }
+    // So does this host, of its own tasks.
+    let mut task = Task { mode: NetworkMode::Awsvpc, ..bridge_task("t1", "world", "10.0.0.1", &[8080]) };
+    task.containers[0].published.clear();
+    let local = "  10.0.0.1:8080 t1 at 10.0.0.1:8080 direct=false Healthy 100";
+    check(
+        &world(vec![task], vec![without_ports(&["10.0.0.1", "10.0.0.2"])]),
+        &["world:80 Auto", local, other, "world:8080 Auto", local],
     );
 }
 

@@ -59,6 +59,7 @@ fn the_documented_form_parses() {
                 None,
             )),
             alias: false,
+            assumed: false,
         }
     );
     let second = &world.endpoints[1];

@@ -116,6 +116,37 @@ fn services_tasks_and_their_tunnels_arrive() -> Result<()> {
     running.await_well()
 }
 
+/// A service with A records: ECS registers its tasks without a port.
+#[test]
+fn the_port_that_cloud_map_does_not_tell_is_the_one_that_ecs_knows() -> Result<()> {
+    if !require(Tier::Aws) {
+        return Ok(());
+    }
+    let cluster = Cluster::start()?;
+    cluster.define("world", "awsvpc", &json!({}))?;
+    let deployment = cluster.service("world", "world", true)?;
+    let (_, address) = cluster.run("world", "world", &deployment, true)?;
+    let namespace = cluster.moto.namespace("my.demo", true)?;
+    let world = cluster.moto.service(&namespace, "world")?;
+    let instance = json!({ "ServiceId": world, "InstanceId": "0a1b", "Attributes": { "AWS_INSTANCE_IPV4": address } });
+    cluster.moto.call(Api::CloudMap, "RegisterInstance", &instance)?;
+
+    let cloud_map = Running::cloud_map(&cluster.moto.address(), "namespaces = [\"my.demo\"]")?;
+    let assumed = format!("80 {address}:80");
+    cloud_map.await_seen(&[("world", &[&assumed])])?;
+    ensure!(cloud_map.resolved("world.")? == [format!("80 Auto {address}:80")], "alone, it has the usual port");
+    let ecs = Running::ecs(&cluster.moto.address(), "")?;
+    let by = format!("{address}:8080 by {address}:15008");
+    let known = [80, 8080].map(|port| format!("{port} {by} as spiffe://t/ns/demo/sa/world"));
+    ecs.await_seen(&[("world", &[&known[0], &known[1]])])?;
+    let expected = [80, 8080].map(|port| format!("{port} Auto {by}"));
+    for order in [[&ecs, &cloud_map], [&cloud_map, &ecs]] {
+        let served = Running::resolved_by(&order, "world.")?;
+        ensure!(served == expected, "{served:?}");
+    }
+    Ok(())
+}
+
 #[test]
 fn nothing_is_lost_while_ecs_is_away() -> Result<()> {
     if !require(Tier::Aws) {

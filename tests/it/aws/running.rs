@@ -77,9 +77,15 @@ impl Running {
     /// What a task of another host is told by DNS, and who serves each port then: `port protocol endpoint…`, with the
     /// tunnel that leads there.
     pub(super) fn resolved(&self, name: &str) -> Result<Vec<String>> {
+        Self::resolved_by(&[self], name)
+    }
+
+    /// The same from several sources, in order of precedence.
+    pub(super) fn resolved_by(sources: &[&Self], name: &str) -> Result<Vec<String>> {
+        let sets: Vec<_> = sources.iter().map(|running| running.set()).collect();
         let config = config::parse(REQUIRED).map_err(|faults| anyhow::anyhow!("{faults:?}"))?;
         let sources = Sources {
-            sets: &[self.set()],
+            sets: &sets,
             tasks: Arc::default(),
             gate: &Gate::Open,
             enrol: &config.enrol,

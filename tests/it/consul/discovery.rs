@@ -25,12 +25,7 @@ pub(super) struct Running(Following);
 
 impl Running {
     pub(super) fn start(address: &str, more: &str) -> Result<Self> {
-        let text = format!(
-            "[identity]\ntrust_domain = \"t\"\nca_bundle = \"/x\"\njoin_token_file = \"/x\"\n\
-             [discovery.consul]\naddress = \"{address}\"\n{more}\n"
-        );
-        let config = config::parse(&text).map_err(|faults| anyhow::anyhow!("{faults:?}"))?;
-        let consul = Arc::new(config.discovery.consul.context("configured")?);
+        let consul = configured(&format!("address = \"{address}\"\n{more}"))?;
         let show = |e: &EndpointEntry| {
             format!(
                 "{} {} {}",
@@ -41,6 +36,16 @@ impl Running {
         };
         Following::start(Backend::Consul(consul), LIMIT, show).map(Self)
     }
+}
+
+/// A section `[discovery.consul]` of these lines.
+pub(super) fn configured(lines: &str) -> Result<Arc<config::discovery::Consul>> {
+    let text = format!(
+        "[identity]\ntrust_domain = \"t\"\nca_bundle = \"/x\"\njoin_token_file = \"/x\"\n\
+         [discovery.consul]\n{lines}\n"
+    );
+    let config = config::parse(&text).map_err(|faults| anyhow::anyhow!("{faults:?}"))?;
+    Ok(Arc::new(config.discovery.consul.context("configured")?))
 }
 
 impl Deref for Running {

@@ -23,6 +23,8 @@ struct Script {
     index: Option<u64>,
     names: &'static str,
     health: &'static str,
+    /// Whether an ACL has kept something of that back.
+    filtered: bool,
     /// Whether an answer to a blocking question is kept back.
     blocks: bool,
     /// Whether nothing at all is answered.
@@ -38,7 +40,14 @@ struct Double {
 impl Double {
     fn start() -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
-        let script = Script { index: Some(7), names: r#"{"world":[]}"#, health: WORLD, blocks: true, silent: false };
+        let script = Script {
+            index: Some(7),
+            names: r#"{"world":[]}"#,
+            health: WORLD,
+            filtered: false,
+            blocks: true,
+            silent: false,
+        };
         let shared = Arc::new(Mutex::new((script, Vec::new())));
         let double = Self { addr: listener.local_addr()?, shared: shared.clone() };
         // It ends with the test's process.
@@ -53,7 +62,12 @@ impl Double {
     }
 
     fn running(&self) -> Result<Running> {
-        Running::start(&format!("http://{}", self.addr), "wait = \"1s\"")
+        self.running_with("")
+    }
+
+    /// With these lines in `[discovery.consul]` besides.
+    fn running_with(&self, more: &str) -> Result<Running> {
+        Running::start(&format!("http://{}", self.addr), &format!("wait = \"1s\"\n{more}"))
     }
 
     fn change(&self, change: impl FnOnce(&mut Script)) {
@@ -88,9 +102,14 @@ fn serve(mut stream: TcpStream, shared: &Mutex<(Script, Vec<String>)>) -> std::i
             thread::sleep(Duration::from_millis(5));
         }
         let script = script();
-        let body = if target.starts_with("/v1/catalog/services") { script.names } else { script.health };
+        let (body, filtered) = match target.split('?').next() {
+            Some("/v1/catalog/services") => (script.names, script.names == "{}" && script.filtered),
+            Some(path) if path.starts_with("/v1/health/state/") => ("[]", false),
+            _ => (script.health, script.filtered),
+        };
         let index = script.index.map(|index| format!("X-Consul-Index: {index}\r\n")).unwrap_or_default();
-        write!(stream, "HTTP/1.1 200 OK\r\n{index}Content-Length: {}\r\n\r\n{body}", body.len())?;
+        let filtered = if filtered { "X-Consul-Results-Filtered-By-ACLs: true\r\n" } else { "" };
+        write!(stream, "HTTP/1.1 200 OK\r\n{index}{filtered}Content-Length: {}\r\n\r\n{body}", body.len())?;
     }
 }
 
@@ -163,4 +182,80 @@ fn silence_is_noticed() -> Result<()> {
     running.await_seen(&[("world", &["80 10.0.0.1:80 100"])])?;
     double.change(|script| script.silent = false);
     until(LIMIT * 2, "all is well again", || Ok(running.error().map_or(Ok(()), Err)))
+}
+
+const TWO: &str = r#"{"other":[],"world":[]}"#;
+const BOTH: &[(&str, &[&str])] = &[("other", &["80 10.0.0.1:80 100"]), ("world", &["80 10.0.0.1:80 100"])];
+
+/// One of them has a watch, the other is swept.
+#[test]
+fn instances_that_an_acl_hides_take_nothing_away_from_a_swept_service_either() -> Result<()> {
+    for watches in ["watches = 1", "watches = 2"] {
+        let double = Double::start()?;
+        double.change(|script| script.names = TWO);
+        let running = double.running_with(watches)?;
+        running.await_seen(BOTH)?;
+        double.asked();
+        double.change(|script| (script.health, script.filtered, script.index) = ("[]", true, Some(8)));
+        running.await_error("Consul hides services")?;
+        let mut seen = Vec::new();
+        until(LIMIT, "both have been asked for, and the answers read", || {
+            seen.extend(double.asked());
+            let count = |name: &str| seen.iter().filter(|asked| asked.contains(&format!("/service/{name}?"))).count();
+            // The second question comes after the first answer.
+            Ok(if count("other") > 1 && count("world") > 1 { Ok(()) } else { Err(format!("{seen:?}")) })
+        })?;
+        running.await_seen(BOTH)?;
+        double.asked();
+        // A span of time is what is measured here: a swept service is asked for again, and not without end.
+        thread::sleep(Duration::from_secs(3));
+        let asked = double.asked().iter().filter(|asked| asked.contains("/service/world?")).count();
+        let least = usize::from(watches == "watches = 1");
+        ensure!((least..=6).contains(&asked), "{asked} questions in three seconds");
+        double.change(|script| (script.health, script.filtered, script.index) = (WORLD, false, Some(9)));
+        until(LIMIT, "all is well again", || Ok(running.error().map_or(Ok(()), Err)))?;
+        running.await_seen(BOTH)?;
+        // Not hidden: there are none.
+        double.change(|script| (script.health, script.index) = ("[]", Some(10)));
+        running.await_seen(&[("other", &[]), ("world", &[])])?;
+    }
+    Ok(())
+}
+
+/// Consul's own servers are in the namespace `default`: another one may have no service at all.
+#[test]
+fn a_namespace_may_be_empty() -> Result<()> {
+    let double = Double::start()?;
+    let running = double.running_with("namespace = \"team-a\"")?;
+    let world: &[(&str, &[&str])] = &[("world", &["80 10.0.0.1:80 100"])];
+    running.await_seen(world)?;
+    let asked = double.asked();
+    ensure!(asked.len() >= 2 && asked.iter().all(|asked| asked.contains("ns=team-a")), "{asked:?}");
+    let names = |names, filtered| {
+        double.change(|script| {
+            (script.names, script.filtered) = (names, filtered);
+            script.index = script.index.map(|index| index + 1);
+        });
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let check = |more: &str| {
+        let config = super::discovery::configured(&format!("address = \"http://{}\"\n{more}", double.addr))?;
+        anyhow::Ok(runtime.block_on(mesh_agent::discovery::consul::check::check(config)))
+    };
+    names("{}", false);
+    running.await_seen(&[])?;
+    ensure!(running.error().is_none(), "{:?}", running.error());
+    let said = check("namespace = \"team-a\"")?;
+    ensure!(said.as_ref().is_ok_and(|said| said.contains("0 of 0 services are wanted")), "{said:?}");
+    for with_servers in ["", "namespace = \"default\""] {
+        ensure!(check(with_servers)?.is_err(), "{with_servers}: Consul itself is missing");
+    }
+    names(r#"{"world":[]}"#, false);
+    running.await_seen(world)?;
+    // Emptied by an ACL.
+    names("{}", true);
+    running.await_error("Consul hides services")?;
+    running.await_seen(world)?;
+    ensure!(check("namespace = \"team-a\"")?.is_err(), "it is hidden");
+    Ok(())
 }

@@ -6,7 +6,10 @@ use std::sync::Arc;
 
 use mesh_core::{config::discovery::Consul, consul::answer};
 
-use super::client::{Client, Question, READ, READ_AGENT, SetUpError, Trouble};
+use super::{
+    client::{Client, Question, READ, READ_AGENT, SetUpError, Trouble},
+    watch::names,
+};
 
 /// Why Consul is of no use as it is configured.
 #[derive(Debug, thiserror::Error)]
@@ -36,10 +39,7 @@ pub async fn check(config: Arc<Consul>) -> Result<String, CheckError> {
             }
             (answer, _) => answer?,
         };
-        let names = answer::names(&answer.body).map_err(Trouble::from)?;
-        if names.is_empty() {
-            return Err(Trouble::Hidden.into());
-        }
+        let names = names(&answer, &config)?;
         let wanted = names.iter().filter(|(name, tags)| config.wants(name, tags)).count();
         let hidden = if answer.filtered { ", others are hidden by an ACL" } else { "" };
         let datacenter = datacenter.map(|datacenter| format!(" of {datacenter}")).unwrap_or_default();

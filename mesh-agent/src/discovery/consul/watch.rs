@@ -147,7 +147,7 @@ impl Shared {
                 if cursor.goes_on_with(answer.index) && !failing && answer.body == list {
                     return Ok((cursor.answered(answer.index), Read::SameNames));
                 }
-                let read = read(&of, &answer)?;
+                let read = read(&of, &answer, &self.config)?;
                 if let Read::Names(_) = read {
                     list = answer.body;
                 }
@@ -233,7 +233,7 @@ impl Shared {
     /// Asks for one service once, without following it.
     pub(super) async fn look(self: Arc<Self>, key: Key) {
         let of = Asked::Service(key.clone());
-        let read = self.ask(&of, None).await.and_then(|answer| Ok(answer::instances(&answer.body)?));
+        let read = self.ask(&of, None).await.and_then(|answer| instances(&answer));
         let news = match read {
             Ok(instances) => News::Instances { key, instances },
             Err(trouble) => News::Failed { of, trouble },
@@ -251,25 +251,32 @@ enum Read {
     Checks(Vec<answer::BadCheck>),
 }
 
-fn read(of: &Asked, answer: &Answer) -> Result<Read, Trouble> {
+fn read(of: &Asked, answer: &Answer, config: &Consul) -> Result<Read, Trouble> {
     Ok(match of {
-        Asked::Names(_) => {
-            let names = answer::names(&answer.body)?;
-            // Consul's servers are a service themselves: a list without any is one that an ACL has emptied.
-            if names.is_empty() {
-                return Err(Trouble::Hidden);
-            }
-            Read::Names(names)
-        }
-        Asked::Service(_) => {
-            let instances = answer::instances(&answer.body)?;
-            if answer.filtered && instances.usable.is_empty() {
-                return Err(Trouble::Hidden);
-            }
-            Read::Instances(instances)
-        }
+        Asked::Names(_) => Read::Names(names(answer, config)?),
+        Asked::Service(_) => Read::Instances(instances(answer)?),
         Asked::Checks(..) => Read::Checks(answer::bad_checks(&answer.body)?),
     })
+}
+
+/// The list of services: an empty one that an ACL has emptied is not taken for the end of all of them. Consul before
+/// 1.11 does not say so, but its servers are a service themselves; of the namespace `default` only.
+pub(super) fn names(answer: &Answer, config: &Consul) -> Result<Names, Trouble> {
+    let names = answer::names(&answer.body)?;
+    let with_servers = config.namespace.as_deref().is_none_or(|namespace| namespace == "default");
+    if names.is_empty() && (answer.filtered || with_servers) {
+        return Err(Trouble::Hidden);
+    }
+    Ok(names)
+}
+
+/// The instances of a service: none at all, where an ACL has kept some back, is not taken for its end.
+fn instances(answer: &Answer) -> Result<Instances, Trouble> {
+    let instances = answer::instances(&answer.body)?;
+    if answer.filtered && instances.usable.is_empty() {
+        return Err(Trouble::Hidden);
+    }
+    Ok(instances)
 }
 
 /// The checks of one state as last seen.
