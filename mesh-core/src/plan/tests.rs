@@ -258,9 +258,12 @@ fn inbound_streams() {
     assert_eq!(ask(&gone, web, "10.90.1.10:32999"), "task_gone");
 }
 
-/// What Consul, asked with this configuration, says of the one service `name`, of which it knows these: address, tag, meta.
-fn consul(name: &str, datacenter: Option<&str>, instances: &[(&str, &str, &[(&str, &str)])]) -> services::ServiceSet {
-    let instance = |(addr, tag, meta): &(&str, &str, &[(&str, &str)])| Instance {
+/// An instance of a service: address, tag, meta.
+type Registered<'a> = (&'a str, &'a str, &'a [(&'a str, &'a str)]);
+
+/// What Consul, asked with this configuration, says of the one service `name`, of which it knows these.
+fn consul(name: &str, datacenter: Option<&str>, instances: &[Registered<'_>]) -> services::ServiceSet {
+    let instance = |(addr, tag, meta): &Registered<'_>| Instance {
         addr: addr.parse().expect("a literal"),
         tags: [(*tag).to_owned()].into(),
         meta: meta.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect(),
