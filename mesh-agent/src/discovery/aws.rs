@@ -186,8 +186,10 @@ impl Trouble {
     /// name another action than the one that was called.
     fn denied(action: &'static str, said: String) -> Self {
         let named = said.split_once("to perform: ").map(|(_, rest)| rest.trim_start());
-        let named =
-            named.and_then(|rest| rest.split(|c: char| !(c.is_ascii_alphanumeric() || ":-_*".contains(c))).next());
+        // With the end of the words, the name may have been cut off as well.
+        let named = named.and_then(|rest| {
+            rest.split_once(|c: char| !(c.is_ascii_alphanumeric() || ":-_*".contains(c))).map(|(name, _)| name)
+        });
         let named =
             named.filter(|name| name.split_once(':').is_some_and(|(api, verb)| !api.is_empty() && !verb.is_empty()));
         let needed = named.unwrap_or(action).to_owned();
@@ -304,6 +306,14 @@ mod tests {
                 "AWS refuses servicediscovery:DiscoverInstances (AccessDeniedException: User: a is not authorized to \
                  perform: route53:ChangeResourceRecordSets on resource: b because): the agent's role needs the IAM action \
                  route53:ChangeResourceRecordSets",
+            ),
+            (
+                "AccessDeniedException",
+                Some("User: a is not authorized to perform: servicediscovery:DiscoverInst"),
+                false,
+                "AWS refuses servicediscovery:DiscoverInstances (AccessDeniedException: User: a is not authorized to \
+                 perform: servicediscovery:DiscoverInst): the agent's role needs the IAM action \
+                 servicediscovery:DiscoverInstances",
             ),
             (
                 "RequestTimeTooSkewed",
