@@ -19,6 +19,8 @@ use crate::model::{Destination, Endpoint, Health, Reach, Service, Snapshot, Targ
 type Rank = (u8, bool);
 /// A change of one part in so many is large: to fill a table anew costs no more than some of the other work then.
 const MANY: usize = 32;
+/// Below so many entries it does not matter how full the nodes of a table are.
+const FEW: usize = 4096;
 
 /// Brings everything up to date that follows from services and workloads, which are those of `snapshot` already. Numbers
 /// are taken over from `previous`.
@@ -176,7 +178,7 @@ fn number(snapshot: &mut Snapshot, previous: &Snapshot, changes: &[Change], move
 /// Where many change, all nodes would be divided and left half empty, if it happened little by little as well. So the map is
 /// filled anew then.
 fn put<K: Copy + Ord, V: Clone>(map: &mut OrdMap<K, V>, changes: &BTreeMap<K, Option<V>>) {
-    if changes.len() * MANY < map.len() {
+    if changes.len() * MANY < map.len().max(FEW) {
         for (key, value) in changes {
             match value {
                 Some(value) => drop(map.insert(*key, value.clone())),
