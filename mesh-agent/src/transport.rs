@@ -1,8 +1,9 @@
-//! The mTLS tunnel between agents: what it is to its users. HBONE (HTTP/2 CONNECT over mutual TLS 1.3) on the wire.
+//! The mTLS tunnel between agents: what it is to its users. On the wire, over mutual TLS 1.3, streams of our own framing
+//! between two of ours, and HBONE (HTTP/2 CONNECT) with others.
 //!
 //! [`dial::Dialer`] opens tunnels, [`accept::serve`] takes them, [`tunnel::Tunnel`] is one stream of bytes. Below
-//! them: `pool` shares connections, `h2_settings` holds the figures of both ends, [`inflow`] receives, and `tls` is the
-//! only file that names the TLS library.
+//! them: `pool` shares connections, `mux` is our framing, `hbone` the other with `h2_settings` for the figures of both ends;
+//! [`inflow`] receives from HTTP/2, and `tls` is the only file that names the TLS library.
 //!
 //! Knows identities and addresses; must not know services, plans or namespaces.
 
@@ -13,11 +14,15 @@ use mesh_core::id::SpiffeId;
 
 pub mod accept;
 pub mod dial;
+mod gathered;
 mod h2_settings;
+mod hbone;
 pub mod inflow;
+mod mux;
 mod pool;
 pub mod tls;
 pub mod tunnel;
+mod unopened;
 
 #[cfg(test)]
 mod tests;
@@ -26,7 +31,7 @@ mod tests;
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct To {
     pub agent: SocketAddr,
-    /// `:authority` of the CONNECT: the endpoint's address as registered.
+    /// The endpoint's address as registered.
     pub authority: SocketAddr,
     /// Whose certificate we show.
     pub from: SpiffeId,
@@ -46,8 +51,3 @@ pub struct TunnelError {
     pub refusal: Refusal,
     pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
-
-/// Header of a CONNECT with which the caller says that it has another endpoint to go to.
-pub(crate) const ELSEWHERE_HEADER: &str = "ecs-mesh-elsewhere";
-/// Header of a CONNECT answer that carries the number of our refusal, so that the caller's log names the same reason.
-const REFUSAL_HEADER: &str = "ecs-mesh-refusal";

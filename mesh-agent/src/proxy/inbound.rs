@@ -20,7 +20,7 @@ use crate::{
         access::{Access, Destination, Source},
         metrics::{Direction, Outcome, Protocol},
     },
-    transport::{ELSEWHERE_HEADER, accept::Request},
+    transport::accept::Request,
 };
 
 /// Carries one tunnel request from its beginning to its end.
@@ -34,7 +34,15 @@ pub async fn handle(proxy: Arc<Proxy>, request: Request) {
     };
     let dst = Destination { addr: Some(request.target), id: Some(request.presented.clone()), ..Destination::default() };
     let mut access = Access::begin(&proxy.telemetry, Direction::Inbound, Protocol::Tcp, src, dst);
-    match deliver(&proxy, &request, &mut access).await {
+    let delivered = tokio::select! {
+        delivered = deliver(&proxy, &request, &mut access) => Some(delivered),
+        () = request.given_up() => None,
+    };
+    let Some(delivered) = delivered else {
+        access.outcome = Outcome::Aborted;
+        return;
+    };
+    match delivered {
         Ok(destination) => {
             let src = access.src.service.as_ref().map_or("", |name| name.as_str());
             let dst = access.dst.service.as_ref().map_or("", |name| name.as_str());
@@ -64,8 +72,12 @@ async fn deliver(proxy: &Proxy, request: &Request, access: &mut Access) -> Resul
     if *proxy.drain.borrow() {
         return Err(Refusal::Draining);
     }
-    let elsewhere = request.headers.contains_key(ELSEWHERE_HEADER);
-    let ask = plan::Inbound { peer: &request.peer, presented: &request.presented, target: request.target, elsewhere };
+    let ask = plan::Inbound {
+        peer: &request.peer,
+        presented: &request.presented,
+        target: request.target,
+        elsewhere: request.elsewhere,
+    };
     let InboundPlan { service, port, workload, to, .. } =
         plan::inbound(&proxy.published.load(), &ask).map_err(|refused| {
             tracing::debug!(

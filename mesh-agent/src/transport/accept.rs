@@ -1,12 +1,9 @@
-//! Takes tunnels: accepts connections of other agents, proves both sides, hands each CONNECT to a handler.
+//! Takes tunnels: accepts connections of other agents, proves both sides, hands each stream that is asked for to a handler.
 //!
 //! Must not know whether a caller is allowed or where its bytes go; the handler decides.
 
-use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{error::Error, future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
-use bytes::Bytes;
-use h2::{RecvStream, server::SendResponse};
-use http::{HeaderMap, Method, Response, StatusCode};
 use mesh_common::refusal::Refusal;
 use mesh_core::id::SpiffeId;
 use tokio::{net::TcpStream, sync::watch, task::JoinSet, time::timeout};
@@ -15,9 +12,9 @@ use crate::{
     identity::Identities,
     sys::socket::Acceptor,
     transport::{
-        ELSEWHERE_HEADER, REFUSAL_HEADER, h2_settings,
-        tls::{Presents, Secured, Tls, TlsError},
-        tunnel::Tunnel,
+        hbone, mux,
+        tls::{Framing, Presents, Secured, Tls, TlsError},
+        tunnel::{Halves, Tunnel},
     },
 };
 
@@ -52,8 +49,8 @@ pub enum AcceptError {
     Listener(#[source] io::Error),
     #[error("cannot secure the connection")]
     Tls(#[source] TlsError),
-    #[error("the peer broke the HTTP/2 protocol")]
-    Protocol(#[source] h2::Error),
+    #[error("the peer broke the protocol that it had agreed to")]
+    Protocol(#[source] Box<dyn Error + Send + Sync>),
     #[error("the peer did not answer pings")]
     Dead,
 }
@@ -160,7 +157,7 @@ impl Peer {
         tcp: TcpStream,
         local: SocketAddr,
         handler: H,
-        mut drain: watch::Receiver<bool>,
+        drain: watch::Receiver<bool>,
     ) -> Result<(), AcceptError>
     where
         H: Fn(Request) -> F + Send + Sync + 'static,
@@ -168,38 +165,16 @@ impl Peer {
     {
         let Some(secured) = self.secure(tcp).await? else { return Ok(()) };
         let from = From { peer: secured.peer.id, presented: secured.ours.id.clone(), remote: self.remote, local };
-        let limit = self.acceptance.handshake_timeout;
-        let mut connection = match timeout(limit, h2_settings::server().handshake(secured.io)).await {
-            Ok(connection) => connection.map_err(AcceptError::Protocol)?,
-            Err(_elapsed) => return Err(AcceptError::Tls(TlsError::TimedOut(limit))),
-        };
-        let pings = connection.ping_pong();
-        let dead = async {
-            match pings {
-                Some(pings) => h2_settings::until_dead(pings).await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::pin!(dead);
-        let mut draining = false;
-        loop {
-            tokio::select! {
-                next = connection.accept() => match next {
-                    None => return Ok(()),
-                    Some(Ok((head, respond))) => {
-                        if let Some(request) = from.request(head, respond) {
-                            tokio::spawn(handler(request));
-                        }
-                    }
-                    // A connection that is cut is no fault of the protocol.
-                    Some(Err(error)) if error.is_io() => return Ok(()),
-                    Some(Err(error)) => return Err(AcceptError::Protocol(error)),
-                },
-                () = asked_to_drain(&mut drain), if !draining => {
-                    draining = true;
-                    connection.graceful_shutdown();
+        let handle = |asked| drop(tokio::spawn(handler(from.request(asked))));
+        match secured.framing {
+            Framing::Mesh => serve_mesh(mux::accepting(secured.io), handle, drain).await,
+            Framing::Hbone => {
+                let limit = self.acceptance.handshake_timeout;
+                match timeout(limit, hbone::accepting(secured.io)).await {
+                    Ok(Ok(connection)) => serve_hbone(connection, handle, drain).await,
+                    Ok(Err(error)) => Err(AcceptError::Protocol(error.into())),
+                    Err(_elapsed) => Err(AcceptError::Tls(TlsError::TimedOut(limit))),
                 }
-                () = &mut dead => return Err(AcceptError::Dead),
             }
         }
     }
@@ -221,6 +196,52 @@ impl Peer {
     }
 }
 
+async fn serve_mesh(
+    mut connection: mux::Accepting,
+    handle: impl Fn(Asked),
+    mut drain: watch::Receiver<bool>,
+) -> Result<(), AcceptError> {
+    let mut draining = false;
+    loop {
+        tokio::select! {
+            ended = connection.serve(|asked| handle(Asked::Mesh(asked))) => return match ended {
+                // A connection that is cut is no fault of the protocol.
+                Ok(()) | Err(mux::Ended::Cut(_)) => Ok(()),
+                Err(mux::Ended::Dead) => Err(AcceptError::Dead),
+                Err(error @ mux::Ended::Malformed(_)) => Err(AcceptError::Protocol(error.into())),
+            },
+            () = asked_to_drain(&mut drain), if !draining => {
+                draining = true;
+                connection.leave();
+            }
+        }
+    }
+}
+
+async fn serve_hbone(
+    mut connection: hbone::Accepting,
+    handle: impl Fn(Asked),
+    mut drain: watch::Receiver<bool>,
+) -> Result<(), AcceptError> {
+    let dead = connection.dead();
+    tokio::pin!(dead);
+    let mut draining = false;
+    loop {
+        tokio::select! {
+            ended = connection.serve(|asked| handle(Asked::Hbone(asked))) => return match ended {
+                Err(error) if !error.is_io() => Err(AcceptError::Protocol(error.into())),
+                // Likewise.
+                Ok(()) | Err(_) => Ok(()),
+            },
+            () = asked_to_drain(&mut drain), if !draining => {
+                draining = true;
+                connection.leave();
+            }
+            () = &mut dead => return Err(AcceptError::Dead),
+        }
+    }
+}
+
 /// What all requests of a connection have in common.
 struct From {
     peer: SpiffeId,
@@ -229,25 +250,27 @@ struct From {
     local: SocketAddr,
 }
 
+/// A stream that is asked for, as what the agents speak has it.
+enum Asked {
+    Mesh(mux::Asked),
+    Hbone(hbone::Asked),
+}
+
 impl From {
-    /// The request, or `None` where it was answered already because it is no CONNECT to an address and port.
-    fn request(&self, head: http::Request<RecvStream>, respond: SendResponse<Bytes>) -> Option<Request> {
-        let (head, receive) = head.into_parts();
-        let target = head.uri.authority().and_then(|authority| authority.as_str().parse().ok());
-        let Some(target) = target.filter(|_| head.method == Method::CONNECT) else {
-            answer(respond, StatusCode::BAD_REQUEST, Refusal::BadProtocol);
-            return None;
+    fn request(&self, asked: Asked) -> Request {
+        let (target, elsewhere) = match &asked {
+            Asked::Mesh(asked) => (asked.target, asked.elsewhere),
+            Asked::Hbone(asked) => (asked.target, asked.elsewhere),
         };
-        Some(Request {
+        Request {
             peer: self.peer.clone(),
             presented: self.presented.clone(),
             target,
             remote: self.remote,
             local: self.local,
-            headers: head.headers,
-            receive,
-            respond,
-        })
+            elsewhere,
+            asked,
+        }
     }
 }
 
@@ -257,68 +280,43 @@ pub struct Request {
     pub peer: SpiffeId,
     /// Whose certificate we showed.
     pub presented: SpiffeId,
-    /// `:authority` of the CONNECT.
+    /// The endpoint that is asked for, by its registered address.
     pub target: SocketAddr,
     pub remote: SocketAddr,
     pub local: SocketAddr,
-    /// Of the CONNECT: `traceparent`, `baggage`, `forwarded`.
-    pub headers: HeaderMap,
-    receive: RecvStream,
-    respond: SendResponse<Bytes>,
+    /// The caller has another endpoint to go to.
+    pub elsewhere: bool,
+    asked: Asked,
 }
 
 impl Request {
-    /// Answers 200; bytes may flow.
+    /// Accepts; bytes may flow.
     ///
     /// # Errors
     /// The peer has given up meanwhile.
-    pub fn accept(mut self) -> io::Result<Tunnel> {
-        let send = self
-            .respond
-            .send_response(Response::new(()), false)
-            .map_err(|error| io::Error::new(io::ErrorKind::ConnectionReset, error))?;
-        let tunnel = Tunnel::new(self.peer, send, self.receive, None);
+    pub fn accept(self) -> io::Result<Tunnel> {
+        let halves = match self.asked {
+            Asked::Mesh(asked) => asked.accept().map(Halves::Mesh),
+            Asked::Hbone(asked) => asked.accept().map(Halves::Hbone),
+        };
+        let tunnel = Tunnel::new(self.peer, halves?, None);
         // Only our agents ask to be sent elsewhere. What the application has not taken, they may send there.
-        Ok(if self.headers.contains_key(ELSEWHERE_HEADER) { tunnel.asked() } else { tunnel })
+        Ok(if self.elsewhere { tunnel.asked() } else { tunnel })
     }
 
-    /// Answers with the status that HBONE has for this refusal (400, 401 or 503), and with its number for our own
-    /// agents.
+    /// Refuses, and tells our own agents why.
     pub fn refuse(self, refusal: Refusal) {
-        answer(self.respond, status_of(refusal), refusal);
-    }
-}
-
-fn answer(mut respond: SendResponse<Bytes>, status: StatusCode, refusal: Refusal) {
-    let mut response = Response::new(());
-    *response.status_mut() = status;
-    response.headers_mut().insert(REFUSAL_HEADER, (refusal as u32).into());
-    // Fails only when the peer has given up meanwhile, and then nobody wants the answer.
-    drop(respond.send_response(response, true));
-}
-
-fn status_of(refusal: Refusal) -> StatusCode {
-    match refusal {
-        Refusal::Denied | Refusal::UntrustedPeer | Refusal::ExpiredPeer | Refusal::UnexpectedIdentity => {
-            StatusCode::UNAUTHORIZED
+        match self.asked {
+            Asked::Mesh(asked) => asked.refuse(refusal),
+            Asked::Hbone(asked) => asked.refuse(refusal),
         }
-        Refusal::BadProtocol | Refusal::BadRequest => StatusCode::BAD_REQUEST,
-        Refusal::UnknownPort
-        | Refusal::NoEndpoint
-        | Refusal::NoHealthyEndpoint
-        | Refusal::AgentAwayFailClosed
-        | Refusal::MapFull
-        | Refusal::PlaintextForbidden
-        | Refusal::ConnectFailed
-        | Refusal::ConnectTimeout
-        | Refusal::HandshakeFailed
-        | Refusal::TunnelRefused
-        | Refusal::NotLocal
-        | Refusal::NoIdentity
-        | Refusal::OriginalLost
-        | Refusal::Draining
-        | Refusal::TaskGone
-        | Refusal::NotReady
-        | Refusal::UpstreamReset => StatusCode::SERVICE_UNAVAILABLE,
+    }
+
+    /// Waits until the peer gives up. Over HBONE that is only heard of when the request is accepted.
+    pub async fn given_up(&self) {
+        match &self.asked {
+            Asked::Mesh(asked) => asked.given_up().await,
+            Asked::Hbone(_) => std::future::pending().await,
+        }
     }
 }

@@ -13,8 +13,6 @@ use std::{
     time::Duration,
 };
 
-use h2::Reason;
-use http::{Method, Request, Response, StatusCode, Uri, uri};
 use mesh_common::refusal::Refusal;
 use tokio::{
     net::{TcpSocket, TcpStream},
@@ -26,16 +24,13 @@ use crate::{
     identity::{Identities, IdentityError, Leaf},
     sys::socket,
     transport::{
-        ELSEWHERE_HEADER, REFUSAL_HEADER, To, TunnelError, h2_settings,
-        pool::{Connection, Key, Lease, Pool, Turn},
-        tls::{self, Tls, TlsError},
+        To, TunnelError, hbone, mux,
+        pool::{Connection, Key, Lease, Opener, Pool, Turn},
+        tls::{self, Framing, Tls, TlsError},
         tunnel::Tunnel,
+        unopened::Unopened,
     },
 };
-
-/// How long the cause of a connection's end may take to arrive after its streams have failed. Both come from one poll
-/// of the same task, so this is never waited for in full.
-const CAUSE_WAIT: Duration = Duration::from_secs(1);
 
 /// Makes an unconnected socket for connecting to an address; in an agent [`marked_socket`].
 pub type SocketFactory = dyn Fn(SocketAddr) -> io::Result<TcpSocket> + Send + Sync;
@@ -51,6 +46,8 @@ pub struct Settings {
     pub answer_timeout: Duration,
     /// Connections without a stream are closed after this.
     pub idle_timeout: Duration,
+    /// Speaks HBONE also to agents that know `ecs-mesh/1`.
+    pub hbone_only: bool,
     pub socket: Arc<SocketFactory>,
 }
 
@@ -61,8 +58,15 @@ impl Default for Settings {
             handshake_timeout: Duration::from_secs(10),
             answer_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(300),
+            hbone_only: false,
             socket: Arc::new(plain_socket),
         }
+    }
+}
+
+impl Settings {
+    fn framings(&self) -> &'static [Framing] {
+        if self.hbone_only { &[Framing::Hbone] } else { &[Framing::Mesh, Framing::Hbone] }
     }
 }
 
@@ -131,54 +135,6 @@ impl DialError {
             Self::ConnectTimeout { .. } => Refusal::ConnectTimeout,
             Self::Tls { source, .. } => source.refusal(),
             Self::Http { .. } => Refusal::BadProtocol,
-        }
-    }
-}
-
-/// A connection, but no stream on it.
-#[derive(Debug, thiserror::Error)]
-enum StreamError {
-    #[error("the peer agent rejected our certificate: {}", .0.cause())]
-    Rejected(Refusal),
-    #[error("the connection was lost before the peer agent answered")]
-    Lost(#[source] h2::Error),
-    #[error("the peer agent reset the stream before it answered")]
-    Reset(#[source] h2::Error),
-    #[error("the peer agent did not answer within {0:?}")]
-    NoAnswer(Duration),
-    #[error("the peer agent refused with refusal {} ({})", *.0 as u32, .0.label())]
-    Refused(Refusal),
-    #[error("the peer agent answered {0}")]
-    Status(StatusCode),
-    #[error("{0} cannot be asked for")]
-    Authority(SocketAddr, #[source] http::Error),
-}
-
-impl StreamError {
-    /// Whether the connection is of no more use. An agent answers sooner than we give up, so one that does not may be
-    /// on a host that died; the next caller finds out with a new connection instead of waiting as long.
-    fn is_of_connection(&self) -> bool {
-        match self {
-            Self::Rejected(_) | Self::Lost(_) | Self::NoAnswer(_) => true,
-            Self::Reset(_) | Self::Refused(_) | Self::Status(_) | Self::Authority(..) => false,
-        }
-    }
-
-    /// Whether another connection may fare better, at no cost but a little time.
-    fn is_safe_to_retry(&self) -> bool {
-        match self {
-            Self::Rejected(_) | Self::Lost(_) => true,
-            Self::NoAnswer(_) | Self::Reset(_) | Self::Refused(_) | Self::Status(_) | Self::Authority(..) => false,
-        }
-    }
-
-    fn refusal(&self) -> Refusal {
-        match self {
-            Self::Rejected(refusal) | Self::Refused(refusal) => *refusal,
-            Self::Status(StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => Refusal::Denied,
-            Self::Lost(_) => Refusal::ConnectFailed,
-            Self::Reset(_) | Self::Status(_) | Self::Authority(..) => Refusal::TunnelRefused,
-            Self::NoAnswer(_) => Refusal::ConnectTimeout,
         }
     }
 }
@@ -265,25 +221,15 @@ impl Dialer {
         }
     }
 
-    /// CONNECT on a connection.
-    async fn connect(&self, lease: Lease, to: &To) -> Result<Tunnel, StreamError> {
+    /// A stream on a connection.
+    async fn connect(&self, lease: Lease, to: &To) -> Result<Tunnel, Unopened> {
         let limit = self.inner.settings.answer_timeout;
-        let request = connect_request(to.authority, to.elsewhere)?;
-        let ask = async {
-            let mut requests = lease.connection.requests.clone().ready().await?;
-            let (response, send) = requests.send_request(request, false)?;
-            Ok((response.await?, send))
+        let halves = match timeout(limit, lease.connection.opener.open(to.authority, to.elsewhere)).await {
+            Ok(opened) => opened?,
+            Err(_elapsed) => return Err(Unopened::NoAnswer(limit)),
         };
-        let (response, send) = match timeout(limit, ask).await {
-            Ok(Ok(answer)) => answer,
-            Ok(Err(error)) => return Err(why(&lease.connection, error).await),
-            Err(_elapsed) => return Err(StreamError::NoAnswer(limit)),
-        };
-        if response.status() != StatusCode::OK {
-            return Err(refused(&response));
-        }
         // The expected identity: the handshake accepted no other.
-        Ok(Tunnel::new(to.expect.clone(), send, response.into_body(), Some(lease)))
+        Ok(Tunnel::new(to.expect.clone(), halves, Some(lease)))
     }
 }
 
@@ -302,40 +248,35 @@ impl Inner {
         let to = key.agent;
         let tcp = self.reach(to).await?;
         let limit = self.settings.handshake_timeout;
-        let secured = match timeout(limit, self.tls.connect(ours, &key.expect, tcp)).await {
+        let secured = match timeout(limit, self.tls.connect(ours, &key.expect, self.settings.framings(), tcp)).await {
             Ok(secured) => secured,
             Err(_elapsed) => Err(TlsError::TimedOut(limit)),
         };
         let secured = secured.map_err(|source| DialError::Tls { to, source })?;
         let number = self.connected.fetch_add(1, Ordering::Relaxed);
         let good_until = tls::good_until(&secured);
-        let failure = secured.io.failure();
-        let (requests, mut connection) =
-            h2_settings::client().handshake(secured.io).await.map_err(|source| DialError::Http { to, source })?;
-
-        let (over, is_over) = watch::channel(false);
-        let pool = self.pool.clone();
-        let shelf = key.clone();
-        let pings = connection.ping_pong();
-        tokio::spawn(async move {
-            let dead = async {
-                match pings {
-                    Some(pings) => h2_settings::until_dead(pings).await,
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                ended = &mut connection => if let Err(error) = ended {
-                    tracing::debug!(dst.agent = %to, error = %error, "tunnel connection ended");
-                },
-                () = dead => tracing::info!(dst.agent = %to, "tunnel connection is dead: no answer to pings"),
+        let (pool, shelf) = (self.pool.clone(), key.clone());
+        let removed = move || pool.remove(&shelf, number);
+        let opener = match secured.framing {
+            Framing::Mesh => {
+                let (opener, dialed) = mux::dialing(secured.io);
+                tokio::spawn(async move {
+                    let ended = dialed.run(removed).await;
+                    note_end(to, ended.err().map(|error| (matches!(error, mux::Ended::Dead), error.into())));
+                });
+                Opener::Mesh(opener)
             }
-            pool.remove(&shelf, number);
-            over.send_replace(true);
-            // Dropped last: its streams fail only now, with the connection out of the pool.
-            drop(connection);
-        });
-        Ok(Connection { number, ours: secured.ours, good_until, requests, failure, over: is_over })
+            Framing::Hbone => {
+                let (opener, dialed) =
+                    hbone::dialing(secured.io).await.map_err(|source| DialError::Http { to, source })?;
+                tokio::spawn(async move {
+                    let ended = dialed.run(removed).await;
+                    note_end(to, ended.err().map(|error| (matches!(error, hbone::Ended::Dead), error.into())));
+                });
+                Opener::Hbone(opener)
+            }
+        };
+        Ok(Connection { number, ours: secured.ours, good_until, opener })
     }
 
     async fn reach(&self, to: SocketAddr) -> Result<TcpStream, DialError> {
@@ -350,37 +291,11 @@ impl Inner {
     }
 }
 
-/// `:authority` only, as CONNECT demands (RFC 9113 §8.5).
-fn connect_request(authority: SocketAddr, elsewhere: bool) -> Result<Request<()>, StreamError> {
-    let failed = |error| StreamError::Authority(authority, error);
-    let authority = uri::Authority::try_from(authority.to_string()).map_err(|error| failed(error.into()))?;
-    let mut parts = uri::Parts::default();
-    parts.authority = Some(authority);
-    let uri = Uri::from_parts(parts).map_err(|error| failed(error.into()))?;
-    let request = Request::builder().method(Method::CONNECT).uri(uri);
-    let request = if elsewhere { request.header(ELSEWHERE_HEADER, "1") } else { request };
-    request.body(()).map_err(failed)
-}
-
-/// Why an open stream failed before its answer.
-async fn why(connection: &Connection, error: h2::Error) -> StreamError {
-    match error.reason() {
-        // The one reset that promises that nothing was done (RFC 9113 §8.7).
-        Some(Reason::REFUSED_STREAM) => StreamError::Lost(error),
-        _ if error.is_reset() => StreamError::Reset(error),
-        _ => {
-            let mut over = connection.over.clone();
-            drop(timeout(CAUSE_WAIT, over.wait_for(|over| *over)).await);
-            // TLS 1.3 lets us send before the peer has seen our certificate, so its verdict arrives only here.
-            connection.failure.refusal().map_or(StreamError::Lost(error), StreamError::Rejected)
-        }
-    }
-}
-
-fn refused<B>(response: &Response<B>) -> StreamError {
-    let number = response.headers().get(REFUSAL_HEADER).and_then(|value| value.to_str().ok()?.parse().ok());
-    match number.and_then(Refusal::from_number) {
-        Some(refusal) => StreamError::Refused(refusal),
-        None => StreamError::Status(response.status()),
+/// Logs how a connection ended: whether it was dead, and why.
+fn note_end(to: SocketAddr, ended: Option<(bool, Box<dyn Error + Send + Sync>)>) {
+    match ended {
+        None => {}
+        Some((true, _)) => tracing::info!(dst.agent = %to, "tunnel connection is dead: no answer to pings"),
+        Some((false, error)) => tracing::debug!(dst.agent = %to, error = %error, "tunnel connection ended"),
     }
 }

@@ -5,25 +5,24 @@
 
 use std::{
     collections::HashMap,
+    net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
 
-use bytes::Bytes;
-use h2::client::SendRequest;
 use mesh_core::id::SpiffeId;
 use tokio::sync::watch;
 
 use crate::{
     identity::Leaf,
-    transport::{dial::DialError, h2_settings::STREAMS_PER_CONNECTION, tls::Failure},
+    transport::{dial::DialError, h2_settings::STREAMS_PER_CONNECTION, hbone, mux, tunnel::Halves, unopened::Unopened},
 };
 
 /// What connections are shared by. Two workloads never share one: each proves its own identity.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Key {
     pub from: SpiffeId,
-    pub agent: std::net::SocketAddr,
+    pub agent: SocketAddr,
     pub expect: SpiffeId,
 }
 
@@ -34,10 +33,35 @@ pub(super) struct Connection {
     pub ours: Arc<Leaf>,
     /// New streams only before this: afterwards a certificate has expired.
     pub good_until: SystemTime,
-    pub requests: SendRequest<Bytes>,
-    pub failure: Failure,
-    /// Turns true when the connection is over.
-    pub over: watch::Receiver<bool>,
+    pub opener: Opener,
+}
+
+/// Asks for streams on a connection, in whatever the peer speaks.
+pub(super) enum Opener {
+    Mesh(mux::Opener),
+    Hbone(hbone::Opener),
+}
+
+impl Opener {
+    /// Asks for a stream to `target`, and waits for the answer.
+    ///
+    /// # Errors
+    /// It was refused or reset, or the connection takes none or is lost.
+    pub(super) async fn open(&self, target: SocketAddr, elsewhere: bool) -> Result<Halves, Unopened> {
+        match self {
+            Self::Mesh(opener) => opener.open(target, elsewhere).await.map(Halves::Mesh),
+            Self::Hbone(opener) => opener.open(target, elsewhere).await.map(Halves::Hbone),
+        }
+    }
+
+    /// How many streams the peer takes at once.
+    fn room(&self) -> usize {
+        match self {
+            Self::Mesh(opener) if opener.takes_more() => STREAMS_PER_CONNECTION,
+            Self::Mesh(_) => 0,
+            Self::Hbone(opener) => opener.room(),
+        }
+    }
 }
 
 /// What an attempt to connect came to; `None` while it lasts.
@@ -81,7 +105,7 @@ impl Pool {
         // stream. It lives until its last one ends.
         shelf.open.retain(|slot| Arc::ptr_eq(&slot.connection.ours, ours) && now < slot.connection.good_until);
         for slot in &mut shelf.open {
-            if slot.streams < STREAMS_PER_CONNECTION.min(slot.connection.requests.current_max_send_streams()) {
+            if slot.streams < STREAMS_PER_CONNECTION.min(slot.connection.opener.room()) {
                 slot.streams += 1;
                 let connection = slot.connection.clone();
                 return Turn::Ready(Lease { pool: self.clone(), key: key.clone(), connection });

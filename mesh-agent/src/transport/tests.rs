@@ -25,9 +25,40 @@ use crate::{
     },
 };
 
-mod refusing;
-mod sharing;
-mod streams;
+/// What the tests below make diallers with.
+macro_rules! dialling {
+    ($settings:expr) => {
+        use super::*;
+
+        fn settings() -> Settings {
+            $settings
+        }
+
+        fn dialer(identities: &Identities) -> Dialer {
+            Dialer::new(identities.clone(), settings()).unwrap()
+        }
+
+        /// Opens a tunnel and returns both ends.
+        async fn pair() -> (Dialer, Accepting, Tunnel, Tunnel) {
+            let identities = identities();
+            let (tell, mut accepted) = mpsc::channel(1024);
+            let server = accepting(identities.clone(), move |request: Request| {
+                let tell = tell.clone();
+                async move {
+                    drop(tell.send(request.accept().unwrap()).await);
+                }
+            })
+            .await;
+            let dialer = dialer(&identities);
+            let ours = soon(dialer.open(&server.to())).await.unwrap();
+            let theirs = soon(accepted.recv()).await.unwrap();
+            (dialer, server, ours, theirs)
+        }
+    };
+}
+
+mod hbone;
+mod mesh;
 
 /// A test must never hang: whatever is awaited has this long.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -107,25 +138,4 @@ impl Accepting {
 /// Two agents of one trust domain share its CA.
 fn identities() -> Identities {
     Identities::new(ca("demo.mesh"), DAY)
-}
-
-fn dialer(identities: &Identities) -> Dialer {
-    Dialer::new(identities.clone(), Settings::default()).unwrap()
-}
-
-/// Opens a tunnel and returns both ends.
-async fn pair() -> (Dialer, Accepting, Tunnel, Tunnel) {
-    let identities = identities();
-    let (tell, mut accepted) = mpsc::channel(1024);
-    let server = accepting(identities.clone(), move |request: Request| {
-        let tell = tell.clone();
-        async move {
-            drop(tell.send(request.accept().unwrap()).await);
-        }
-    })
-    .await;
-    let dialer = dialer(&identities);
-    let ours = soon(dialer.open(&server.to())).await.unwrap();
-    let theirs = soon(accepted.recv()).await.unwrap();
-    (dialer, server, ours, theirs)
 }

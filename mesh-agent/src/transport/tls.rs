@@ -43,7 +43,30 @@ use crate::identity::{
     svid::{self, LeafFacts},
 };
 
-const ALPN: &[u8] = b"h2";
+/// What two agents speak inside TLS; each has a name in ALPN (RFC 7301).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Framing {
+    /// Our own.
+    Mesh,
+    /// HTTP/2 CONNECT, as Istio's ztunnel speaks it.
+    Hbone,
+}
+
+impl Framing {
+    /// What the accepting side takes, the first that the peer offers too.
+    const ALL: [Self; 2] = [Self::Mesh, Self::Hbone];
+
+    fn alpn(self) -> &'static [u8] {
+        match self {
+            Self::Mesh => b"ecs-mesh/1",
+            Self::Hbone => b"h2",
+        }
+    }
+
+    fn agreed(alpn: Option<&[u8]>) -> Option<Self> {
+        Self::ALL.into_iter().find(|framing| Some(framing.alpn()) == alpn)
+    }
+}
 
 /// How long a peer that we rejected may take to read why.
 const LINGER: Duration = Duration::from_secs(1);
@@ -80,7 +103,7 @@ pub enum TlsError {
     UnexpectedPeer { seen: SpiffeId, expected: SpiffeId },
     #[error("the TLS handshake failed: {}", refusal.cause())]
     Handshake { refusal: Refusal, source: io::Error },
-    #[error("the peer did not agree to speak HTTP/2 (ALPN `h2`)")]
+    #[error("the peer agreed to speak neither `ecs-mesh/1` nor HBONE (ALPN `h2`)")]
     Alpn,
     #[error("the peer did not finish the TLS handshake within {0:?}")]
     TimedOut(Duration),
@@ -107,6 +130,7 @@ impl TlsError {
 /// A connection on which both sides have shown who they are.
 pub(super) struct Secured {
     pub io: SecuredIo,
+    pub framing: Framing,
     pub peer: LeafFacts,
     pub ours: Arc<Leaf>,
 }
@@ -148,12 +172,13 @@ impl Tls {
     /// The handshake of the dialling side: shows `ours`, and accepts nobody but `expect`.
     ///
     /// # Errors
-    /// The peer is not who it must be, or does not speak TLS 1.3 with ALPN `h2`. Whether the peer accepts *us* shows
+    /// The peer is not who it must be, or does not speak TLS 1.3 with one of `framings`. Whether the peer accepts *us* shows
     /// only later, when it first sends something: see [`SecuredIo::failure`].
     pub(super) async fn connect(
         &self,
         ours: Arc<Leaf>,
         expect: &SpiffeId,
+        framings: &[Framing],
         tcp: TcpStream,
     ) -> Result<Secured, TlsError> {
         let verifier = Arc::new(Expected {
@@ -169,7 +194,7 @@ impl Tls {
             .with_custom_certificate_verifier(verifier.clone())
             .with_client_auth_cert(chain(&ours), key(&ours).into())
             .map_err(TlsError::Own)?;
-        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.alpn_protocols = framings.iter().map(|framing| framing.alpn().to_vec()).collect();
         config.resumption = Resumption::disabled();
         let name = ServerName::try_from(sni_of(expect))
             .map_err(|invalid| TlsError::Own(Error::General(invalid.to_string())))?;
@@ -182,19 +207,17 @@ impl Tls {
             }
             (Err(error), _) => return Err(TlsError::handshake(error)),
         };
-        if stream.get_ref().1.alpn_protocol() != Some(ALPN) {
-            return Err(TlsError::Alpn);
-        }
+        let framing = Framing::agreed(stream.get_ref().1.alpn_protocol()).ok_or(TlsError::Alpn)?;
         // The verifier has run, or the handshake would have failed.
         let peer = verifier.seen.get().cloned().ok_or(TlsError::Alpn)?;
-        Ok(Secured { io: SecuredIo::new(TlsStream::Client(stream)), peer, ours })
+        Ok(Secured { io: SecuredIo::new(TlsStream::Client(stream)), framing, peer, ours })
     }
 
     /// The handshake of the accepting side: shows what `presents` chooses, accepts every workload of our trust domain.
     ///
     /// # Errors
-    /// The peer is not of our trust domain, or does not speak TLS 1.3 with a client certificate and ALPN `h2`, or
-    /// rejects us.
+    /// The peer is not of our trust domain, or does not speak TLS 1.3 with a client certificate and a framing of ours,
+    /// or rejects us.
     pub(super) async fn accept(&self, tcp: TcpStream, presents: &Presents) -> Result<Secured, TlsError> {
         let local = tcp.local_addr().map_err(TlsError::handshake)?;
         let hello = LazyConfigAcceptor::new(Acceptor::default(), tcp).await.map_err(TlsError::handshake)?;
@@ -209,7 +232,7 @@ impl Tls {
             .with_client_cert_verifier(self.callers.clone())
             .with_single_cert(chain(&ours), key(&ours).into())
             .map_err(TlsError::Own)?;
-        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.alpn_protocols = Framing::ALL.map(|framing| framing.alpn().to_vec()).into();
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
 
@@ -220,18 +243,18 @@ impl Tls {
                 return Err(TlsError::handshake(error));
             }
         };
-        if stream.get_ref().1.alpn_protocol() != Some(ALPN) {
+        let Some(framing) = Framing::agreed(stream.get_ref().1.alpn_protocol()) else {
             // The peer believes the handshake done: tell it before going.
             drop(stream.shutdown().await);
             linger(stream.into_inner().0).await;
             return Err(TlsError::Alpn);
-        }
+        };
         let certificates = stream.get_ref().1.peer_certificates();
         let peer = certificates
             .and_then(|chain| chain.first())
             .and_then(|leaf| svid::leaf_facts(leaf).ok())
             .ok_or_else(|| TlsError::handshake(io::Error::other(Error::NoCertificatesPresented)))?;
-        Ok(Secured { io: SecuredIo::new(TlsStream::Server(stream)), peer, ours })
+        Ok(Secured { io: SecuredIo::new(TlsStream::Server(stream)), framing, peer, ours })
     }
 }
 

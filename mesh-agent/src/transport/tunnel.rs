@@ -1,37 +1,23 @@
 //! One tunnel stream: bytes both ways with TCP's own semantics (half-close, reset, backpressure).
 //!
-//! Memory is bounded by HTTP/2 flow control: what was received is granted again only as it is consumed, and what is
-//! written waits until the peer has room. Must not know how the stream was opened.
+//! The same to its user whatever the two agents speak, `ecs-mesh/1` or HBONE. Must not know how the stream was opened.
 
 use std::{
     io,
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::AtomicU64},
     task::{Context, Poll, ready},
     time::SystemTime,
 };
 
 use bytes::{Buf as _, Bytes};
-use h2::{Reason, RecvStream, SendStream};
-use http::{HeaderMap, HeaderName};
 use mesh_core::id::SpiffeId;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::transport::{h2_settings, inflow::Inflow, pool::Lease};
+use super::{h2_settings, hbone, mux::halves, pool::Lease};
 
 /// Bytes of a full frame. What is written by multiples of it wastes nothing.
 pub const LARGEST_FRAME: usize = h2_settings::FRAME as usize;
-
-/// Trailer that ends a tunnel of our own agents. Strictly, nothing but DATA belongs on a CONNECT stream (RFC 9113 §8.5), so
-/// it is sent only to who has shown to be one of them.
-const TAKEN_TRAILER: HeaderName = HeaderName::from_static("ecs-mesh-taken");
-/// Beside the other: the tunnel did not end in order. A reset of HTTP/2 has no room for what was taken.
-const RESET_TRAILER: HeaderName = HeaderName::from_static("ecs-mesh-reset");
-/// The most that one write hands over; h2 cuts it into frames.
-const LARGEST_WRITE: usize = 4 * LARGEST_FRAME;
 
 /// A byte stream to or from a peer agent.
 ///
@@ -45,16 +31,11 @@ pub struct Tunnel {
 
 /// The direction from the peer to us.
 pub struct Receiving {
-    stream: Inflow,
+    from: From,
     /// Received, not yet consumed.
     held: Bytes,
     /// Length of `held` as it arrived; to be granted again.
     owed: usize,
-    ended: bool,
-    /// The peer has said that its end is a reset.
-    reset: bool,
-    /// What the peer said at its end about how much of ours its application had taken; [`UNTOLD`] until then.
-    taken: Arc<AtomicU64>,
     lease: Option<Arc<Lease>>,
 }
 
@@ -63,29 +44,64 @@ pub const UNTOLD: u64 = u64::MAX;
 
 /// The direction from us to the peer.
 pub struct Sending {
-    stream: SendStream<Bytes>,
-    ended: bool,
+    to: To,
     /// The peer wants to be told at our end how much of its bytes the application has taken.
     asked: bool,
     taken: Option<u64>,
     _lease: Option<Arc<Lease>>,
 }
 
+/// A stream's two directions, as what the agents speak has them.
+pub(super) enum Halves {
+    Mesh((halves::Receiving, halves::Sending)),
+    Hbone((hbone::Receiving, hbone::Sending)),
+}
+
+enum From {
+    Mesh(halves::Receiving),
+    Hbone(hbone::Receiving),
+}
+
+enum To {
+    Mesh(halves::Sending),
+    Hbone(hbone::Sending),
+}
+
+/// What is sent.
+pub(super) enum Payload<'a> {
+    /// Taken over.
+    Whole(&'a mut Bytes),
+    Copied(&'a [u8]),
+}
+
+impl Payload<'_> {
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Self::Whole(data) => data.len(),
+            Self::Copied(data) => data.len(),
+        }
+    }
+
+    /// The first of it, at most so much.
+    pub(super) fn take(self, length: usize) -> Bytes {
+        match self {
+            Self::Whole(data) => data.split_to(length.min(data.len())),
+            Self::Copied(data) => Bytes::copy_from_slice(data.get(..length).unwrap_or(data)),
+        }
+    }
+}
+
 impl Tunnel {
-    pub(super) fn new(peer: SpiffeId, send: SendStream<Bytes>, receive: RecvStream, lease: Option<Lease>) -> Self {
+    pub(super) fn new(peer: SpiffeId, halves: Halves, lease: Option<Lease>) -> Self {
         let lease = lease.map(Arc::new);
+        let (from, to) = match halves {
+            Halves::Mesh((from, to)) => (From::Mesh(from), To::Mesh(to)),
+            Halves::Hbone((from, to)) => (From::Hbone(from), To::Hbone(to)),
+        };
         Self {
             peer,
-            receiving: Receiving {
-                stream: Inflow::new(receive),
-                held: Bytes::new(),
-                owed: 0,
-                ended: false,
-                reset: false,
-                taken: Arc::new(AtomicU64::new(UNTOLD)),
-                lease: lease.clone(),
-            },
-            sending: Sending { stream: send, ended: false, asked: false, taken: None, _lease: lease },
+            receiving: Receiving { from, held: Bytes::new(), owed: 0, lease: lease.clone() },
+            sending: Sending { to, asked: false, taken: None, _lease: lease },
         }
     }
 
@@ -107,18 +123,19 @@ impl Tunnel {
 
     /// Resets our direction at once, and tells the peer how much of its bytes the application has taken.
     pub fn reset_with_taken(&mut self, taken: u64) {
-        if !self.sending.ended {
-            self.sending.ended = true;
-            let said = HeaderMap::from_iter([(TAKEN_TRAILER, taken.into()), (RESET_TRAILER, 1.into())]);
-            // One that is broken already needs no reset.
-            drop(self.sending.stream.send_trailers(said));
+        match &mut self.sending.to {
+            To::Mesh(to) => to.reset(Some(taken)),
+            To::Hbone(to) => to.reset(taken),
         }
     }
 
     /// What the peer says at its end about how much of ours its application had taken by then; [`UNTOLD`] before, and if
     /// it says nothing.
     pub fn taken(&self) -> Arc<AtomicU64> {
-        self.receiving.taken.clone()
+        match &self.receiving.from {
+            From::Mesh(from) => from.taken(),
+            From::Hbone(from) => from.taken(),
+        }
     }
 
     /// Who is at the other end, proved by its certificate.
@@ -143,7 +160,10 @@ impl Tunnel {
     /// Waits until the peer resets the tunnel, or the connection is lost. For who has read its end, and would not hear of
     /// that before the next write.
     pub fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.sending.stream.poll_reset(cx).map(drop)
+        match &mut self.sending.to {
+            To::Mesh(to) => to.poll_reset(cx),
+            To::Hbone(to) => to.poll_reset(cx),
+        }
     }
 
     /// As [`Receiving::gather`].
@@ -182,42 +202,36 @@ impl Receiving {
     }
 
     /// For who cannot take now what comes: keeps what has come, so that it is no burden to the connection's other streams,
-    /// and wakes `cx` when there is more. Without it, many small pieces that wait end the connection.
+    /// and wakes `cx` when there is more. Without it, many small pieces that wait end a connection of HTTP/2.
     pub fn gather(&mut self, cx: &mut Context<'_>) {
-        self.stream.gather(cx);
+        match &mut self.from {
+            // It gathers by itself.
+            From::Mesh(_) => {}
+            From::Hbone(from) => from.gather(cx),
+        }
     }
 
     /// Whether there are bytes in `held`; false at the end.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
-        while self.held.is_empty() {
-            if self.reset {
-                return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
-            }
-            if self.ended {
-                return Poll::Ready(Ok(false));
-            }
-            match ready!(self.stream.poll_data(cx)) {
-                Some(Ok(data)) => {
-                    self.owed = data.len();
-                    self.held = data;
-                }
-                Some(Err(error)) => return Poll::Ready(Err(broken(error))),
-                None => {
-                    let trailers = ready!(self.stream.poll_trailers(cx)).map_err(broken)?;
-                    let said = trailers.as_ref().and_then(|said| said.get(TAKEN_TRAILER)?.to_str().ok()?.parse().ok());
-                    self.taken.store(said.unwrap_or(UNTOLD), Ordering::Relaxed);
-                    self.reset = trailers.is_some_and(|said| said.contains_key(RESET_TRAILER));
-                    self.ended = true;
-                }
-            }
+        if self.held.is_empty() {
+            let next = match &mut self.from {
+                From::Mesh(from) => from.poll_data(cx),
+                From::Hbone(from) => from.poll_data(cx),
+            };
+            let Some(data) = ready!(next)? else { return Poll::Ready(Ok(false)) };
+            self.owed = data.len();
+            self.held = data;
         }
         Poll::Ready(Ok(true))
     }
 
     /// Lets the peer send as much again as was consumed.
     fn grant(&mut self) {
-        // Fails only when more is granted than was received, which `owed` rules out.
-        drop(self.stream.grant(std::mem::take(&mut self.owed)));
+        let owed = std::mem::take(&mut self.owed);
+        match &mut self.from {
+            From::Mesh(from) => from.consumed(owed),
+            From::Hbone(from) => from.consumed(owed),
+        }
     }
 }
 
@@ -227,39 +241,13 @@ impl Sending {
     /// # Errors
     /// `ConnectionReset`; `BrokenPipe` after a shutdown.
     pub fn poll_send(&mut self, cx: &mut Context<'_>, data: &mut Bytes) -> Poll<io::Result<usize>> {
-        let room = ready!(self.poll_room(cx, data.len()))?;
-        let piece = data.split_to(room);
-        self.stream.send_data(piece, false).map_err(broken)?;
-        Poll::Ready(Ok(room))
+        self.poll_payload(cx, Payload::Whole(data))
     }
 
-    /// How much of `wanted` may be sent now; not 0, unless 0 is wanted.
-    fn poll_room(&mut self, cx: &mut Context<'_>, wanted: usize) -> Poll<io::Result<usize>> {
-        if self.ended {
-            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
-        }
-        let wanted = wanted.min(LARGEST_WRITE);
-        if wanted == 0 {
-            return Poll::Ready(Ok(0));
-        }
-        self.stream.reserve_capacity(wanted);
-        let mut room = self.stream.capacity();
-        while room == 0 {
-            room = match ready!(self.stream.poll_capacity(cx)) {
-                Some(Ok(room)) => room,
-                Some(Err(error)) => return Poll::Ready(Err(broken(error))),
-                None => return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
-            };
-        }
-        Poll::Ready(Ok(room.min(wanted)))
-    }
-}
-
-impl Drop for Sending {
-    fn drop(&mut self) {
-        // h2 resets by itself what is dropped unfinished, but not before the other direction is dropped as well.
-        if !self.ended {
-            self.stream.send_reset(Reason::CANCEL);
+    fn poll_payload(&mut self, cx: &mut Context<'_>, payload: Payload<'_>) -> Poll<io::Result<usize>> {
+        match &mut self.to {
+            To::Mesh(to) => to.poll_send(cx, payload),
+            To::Hbone(to) => to.poll_send(cx, payload),
         }
     }
 }
@@ -271,6 +259,7 @@ impl AsyncRead for Receiving {
             buf.put_slice(&self.held[..length]);
             self.held.advance(length);
             if self.held.is_empty() {
+                self.held = Bytes::new();
                 self.grant();
             }
         }
@@ -280,11 +269,7 @@ impl AsyncRead for Receiving {
 
 impl AsyncWrite for Sending {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let room = ready!(self.poll_room(cx, buf.len()))?;
-        if room > 0 {
-            self.stream.send_data(Bytes::copy_from_slice(&buf[..room]), false).map_err(broken)?;
-        }
-        Poll::Ready(Ok(room))
+        self.poll_payload(cx, Payload::Copied(buf))
     }
 
     fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -293,17 +278,11 @@ impl AsyncWrite for Sending {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if !self.ended {
-            self.ended = true;
-            match self.taken {
-                Some(taken) => {
-                    let said = HeaderMap::from_iter([(TAKEN_TRAILER, taken.into())]);
-                    self.stream.send_trailers(said).map_err(broken)?;
-                }
-                None => self.stream.send_data(Bytes::new(), true).map_err(broken)?,
-            }
-        }
-        Poll::Ready(Ok(()))
+        let taken = self.taken;
+        Poll::Ready(match &mut self.to {
+            To::Mesh(to) => to.end(taken),
+            To::Hbone(to) => to.end(taken),
+        })
     }
 }
 
@@ -325,9 +304,4 @@ impl AsyncWrite for Tunnel {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.sending).poll_shutdown(cx)
     }
-}
-
-/// A stream that was reset and a connection that was lost are the same to its user.
-fn broken(error: h2::Error) -> io::Error {
-    io::Error::new(io::ErrorKind::ConnectionReset, error)
 }

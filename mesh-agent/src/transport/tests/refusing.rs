@@ -76,7 +76,7 @@ async fn nobody_listening_is_a_failed_connect() {
 async fn a_peer_that_never_answers_times_out() {
     // The kernel completes the TCP handshake, nobody the TLS one.
     let (_listener, to) = foreign_listener().await;
-    let settings = Settings { handshake_timeout: Duration::from_millis(100), ..Settings::default() };
+    let settings = Settings { handshake_timeout: Duration::from_millis(100), ..settings() };
     let dialer = Dialer::new(identities(), settings).unwrap();
     assert_eq!(error_of(&dialer, &to).await.refusal, Refusal::HandshakeFailed);
 }

@@ -131,7 +131,7 @@ async fn renewal_swaps_the_certificate_and_breaks_no_stream() {
 async fn idle_connections_are_closed_and_busy_ones_kept() {
     let identities = identities();
     let server = echoing(&identities).await;
-    let settings = Settings { idle_timeout: Duration::from_millis(100), ..Settings::default() };
+    let settings = Settings { idle_timeout: Duration::from_millis(100), ..settings() };
     let dialer = Dialer::new(identities, settings).unwrap();
     let mut busy = soon(dialer.open(&server.to())).await.unwrap();
     drop(soon(dialer.open(&server.to_as("batch", &id("world")))).await.unwrap());
@@ -328,7 +328,7 @@ async fn a_connection_that_does_not_answer_is_not_asked_again() {
         drop(request);
     })
     .await;
-    let settings = Settings { answer_timeout: Duration::from_millis(100), ..Settings::default() };
+    let settings = Settings { answer_timeout: Duration::from_millis(100), ..settings() };
     let dialer = Dialer::new(identities, settings).unwrap();
     for handshakes in 1..=2 {
         let error = soon(dialer.open(&server.to())).await.err().unwrap();

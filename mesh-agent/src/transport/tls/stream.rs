@@ -122,6 +122,16 @@ impl SecuredIo {
         self.failure.clone()
     }
 
+    /// The next plaintext; `None` at the end of the stream.
+    pub(in crate::transport) fn poll_plain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<bytes::Bytes>>> {
+        let mut buffer = bytes::BytesMut::zeroed(16 << 10);
+        let mut read = ReadBuf::new(&mut buffer);
+        let result = ready!(Pin::new(self).poll_read(cx, &mut read));
+        let length = read.filled().len();
+        buffer.truncate(length);
+        Poll::Ready(result.map(|()| (length > 0).then(|| buffer.freeze())))
+    }
+
     /// Plaintext into `buf`, as much as has arrived and fits; nothing at the end of the stream.
     fn poll_plaintext(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
