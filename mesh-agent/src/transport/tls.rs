@@ -127,10 +127,7 @@ impl Tls {
     pub(super) fn new(identities: Identities) -> Result<Self, TlsError> {
         let mut provider = crypto::aws_lc_rs::default_provider();
         provider.kx_groups = vec![kx_group::X25519MLKEM768, kx_group::X25519, kx_group::SECP256R1];
-        provider.cipher_suites = vec![
-            crypto::aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256,
-            crypto::aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384,
-        ];
+        provider.cipher_suites = suites::fastest();
         let provider = Arc::new(provider);
         let bundle = identities.trust_bundle();
         let mut roots = RootCertStore::empty();
@@ -405,5 +402,6 @@ pub(super) fn good_until(secured: &Secured) -> SystemTime {
 #[cfg(test)]
 pub(super) mod foreign;
 mod stream;
+mod suites;
 
 pub(super) use stream::{Failure, SecuredIo};
