@@ -146,8 +146,7 @@ impl Opener {
 
 /// `:authority` only, as CONNECT demands (RFC 9113 §8.5).
 fn connect_request(target: SocketAddr, elsewhere: bool) -> Result<Request<()>, Unopened> {
-    let authority =
-        uri::Authority::try_from(target.to_string()).map_err(|error| Unopened::Authority(error.into()))?;
+    let authority = uri::Authority::try_from(target.to_string()).map_err(|error| Unopened::Authority(error.into()))?;
     let mut parts = uri::Parts::default();
     parts.authority = Some(authority);
     let uri = Uri::from_parts(parts).map_err(|error| Unopened::Authority(error.into()))?;

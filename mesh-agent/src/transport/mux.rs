@@ -19,11 +19,7 @@
 //!
 //! [ADR 13]: https://github.com/ecs-mesh/ecs-mesh/blob/main/docs/adr/0013-framing.md
 
-use std::{
-    future::poll_fn,
-    net::SocketAddr,
-    sync::Arc,
-};
+use std::{future::poll_fn, net::SocketAddr, sync::Arc};
 
 use mesh_common::refusal::Refusal;
 
@@ -73,7 +69,18 @@ impl Dialed {
     pub(super) async fn run(mut self, removed: impl FnOnce()) -> Result<(), Ended> {
         let mut removed = Some(removed);
         // Nobody asks for a stream who was dialled.
-        poll_fn(|cx| self.0.poll(cx, |_asked| {}, || if let Some(removed) = removed.take() { removed() })).await
+        poll_fn(|cx| {
+            self.0.poll(
+                cx,
+                |_asked| {},
+                || {
+                    if let Some(removed) = removed.take() {
+                        removed()
+                    }
+                },
+            )
+        })
+        .await
     }
 }
 
@@ -117,11 +124,7 @@ impl Opener {
     ///
     /// # Errors
     /// It was refused or reset, or the connection takes none or is lost.
-    pub(super) async fn open(
-        &self,
-        target: SocketAddr,
-        elsewhere: bool,
-    ) -> Result<(Receiving, Sending), Unopened> {
+    pub(super) async fn open(&self, target: SocketAddr, elsewhere: bool) -> Result<(Receiving, Sending), Unopened> {
         let stream = self.0.open(target, elsewhere)?;
         // Dropped while we wait, they reset it.
         let halves = halves::of(&self.0, stream);

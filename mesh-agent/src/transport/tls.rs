@@ -15,20 +15,21 @@ use std::{
 };
 
 use aws_lc_rs::digest;
+use bytes::BytesMut;
 use mesh_common::refusal::Refusal;
 use mesh_core::id::{SpiffeId, TrustDomain};
 use rustls::{
     AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, RootCertStore,
     ServerConfig, SignatureScheme,
     client::{
-        Resumption,
+        Resumption, UnbufferedClientConnection,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
         verify_server_cert_signed_by_trust_anchor,
     },
     crypto::{self, CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs::kx_group},
     pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime},
     server::{
-        Acceptor, NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier,
+        NoServerSessionStorage, ParsedCertificate, UnbufferedServerConnection, WebPkiClientVerifier,
         danger::{ClientCertVerified, ClientCertVerifier},
     },
 };
@@ -36,12 +37,13 @@ use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
 };
-use tokio_rustls::{LazyConfigAcceptor, TlsConnector, TlsStream};
 
 use crate::identity::{
     Identities, IdentityError, Leaf,
     svid::{self, LeafFacts},
 };
+
+use handshake::Handshake;
 
 /// What two agents speak inside TLS; each has a name in ALPN (RFC 7301).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,10 +153,7 @@ impl Tls {
     pub(super) fn new(identities: Identities) -> Result<Self, TlsError> {
         let mut provider = crypto::aws_lc_rs::default_provider();
         provider.kx_groups = vec![kx_group::X25519MLKEM768, kx_group::X25519, kx_group::SECP256R1];
-        provider.cipher_suites = vec![
-            crypto::aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256,
-            crypto::aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384,
-        ];
+        provider.cipher_suites = suites::fastest();
         let provider = Arc::new(provider);
         let bundle = identities.trust_bundle();
         let mut roots = RootCertStore::empty();
@@ -179,7 +178,7 @@ impl Tls {
         ours: Arc<Leaf>,
         expect: &SpiffeId,
         framings: &[Framing],
-        tcp: TcpStream,
+        mut tcp: TcpStream,
     ) -> Result<Secured, TlsError> {
         let verifier = Arc::new(Expected {
             roots: self.roots.clone(),
@@ -196,21 +195,23 @@ impl Tls {
             .map_err(TlsError::Own)?;
         config.alpn_protocols = framings.iter().map(|framing| framing.alpn().to_vec()).collect();
         config.resumption = Resumption::disabled();
+        config.enable_secret_extraction = true;
         let name = ServerName::try_from(sni_of(expect))
             .map_err(|invalid| TlsError::Own(Error::General(invalid.to_string())))?;
 
-        let stream = TlsConnector::from(Arc::new(config)).connect(name, tcp).await;
-        let stream = match (stream, verifier.seen.get()) {
-            (Ok(stream), _) => stream,
+        let side = UnbufferedClientConnection::new(Arc::new(config), name).map_err(TlsError::Own)?;
+        let mut handshake = Handshake::new(side, BytesMut::new());
+        match (handshake::run(&mut handshake, &mut tcp).await, verifier.seen.get()) {
+            (Ok(()), _) => {}
             (Err(_), Some(seen)) if seen.id != *expect => {
                 return Err(TlsError::UnexpectedPeer { seen: seen.id.clone(), expected: expect.clone() });
             }
             (Err(error), _) => return Err(TlsError::handshake(error)),
-        };
-        let framing = Framing::agreed(stream.get_ref().1.alpn_protocol()).ok_or(TlsError::Alpn)?;
+        }
+        let framing = Framing::agreed(handshake.state().alpn_protocol()).ok_or(TlsError::Alpn)?;
         // The verifier has run, or the handshake would have failed.
         let peer = verifier.seen.get().cloned().ok_or(TlsError::Alpn)?;
-        Ok(Secured { io: SecuredIo::new(TlsStream::Client(stream)), framing, peer, ours })
+        Ok(Secured { io: secured(handshake, tcp)?, framing, peer, ours })
     }
 
     /// The handshake of the accepting side: shows what `presents` chooses, accepts every workload of our trust domain.
@@ -218,10 +219,19 @@ impl Tls {
     /// # Errors
     /// The peer is not of our trust domain, or does not speak TLS 1.3 with a client certificate and a framing of ours,
     /// or rejects us.
-    pub(super) async fn accept(&self, tcp: TcpStream, presents: &Presents) -> Result<Secured, TlsError> {
+    pub(super) async fn accept(&self, mut tcp: TcpStream, presents: &Presents) -> Result<Secured, TlsError> {
         let local = tcp.local_addr().map_err(TlsError::handshake)?;
-        let hello = LazyConfigAcceptor::new(Acceptor::default(), tcp).await.map_err(TlsError::handshake)?;
-        let sni = hello.client_hello().server_name().map(str::to_owned);
+        // Which certificate to show depends on the first message, which the handshake proper then begins with.
+        let mut received = BytesMut::new();
+        let sni = match handshake::hello(&mut tcp, &mut received).await {
+            Ok(sni) => sni,
+            Err(error) => {
+                if error.kind() == io::ErrorKind::InvalidData {
+                    linger(tcp).await;
+                }
+                return Err(TlsError::handshake(error));
+            }
+        };
         let Some(id) = presents(local, sni.as_deref()) else {
             return Err(TlsError::NothingToPresent { local, sni });
         };
@@ -235,27 +245,34 @@ impl Tls {
         config.alpn_protocols = Framing::ALL.map(|framing| framing.alpn().to_vec()).into();
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
+        config.enable_secret_extraction = true;
 
-        let mut stream = match hello.into_stream(Arc::new(config)).into_fallible().await {
-            Ok(stream) => stream,
-            Err((error, tcp)) => {
-                linger(tcp).await;
-                return Err(TlsError::handshake(error));
-            }
-        };
-        let Some(framing) = Framing::agreed(stream.get_ref().1.alpn_protocol()) else {
+        let side = UnbufferedServerConnection::new(Arc::new(config)).map_err(TlsError::Own)?;
+        let mut handshake = Handshake::new(side, received);
+        if let Err(error) = handshake::run(&mut handshake, &mut tcp).await {
+            linger(tcp).await;
+            return Err(TlsError::handshake(error));
+        }
+        let Some(framing) = Framing::agreed(handshake.state().alpn_protocol()) else {
             // The peer believes the handshake done: tell it before going.
-            drop(stream.shutdown().await);
-            linger(stream.into_inner().0).await;
+            let mut io = secured(handshake, tcp)?;
+            drop(io.shutdown().await);
+            linger(io.into_tcp()).await;
             return Err(TlsError::Alpn);
         };
-        let certificates = stream.get_ref().1.peer_certificates();
+        let certificates = handshake.state().peer_certificates();
         let peer = certificates
             .and_then(|chain| chain.first())
             .and_then(|leaf| svid::leaf_facts(leaf).ok())
             .ok_or_else(|| TlsError::handshake(io::Error::other(Error::NoCertificatesPresented)))?;
-        Ok(Secured { io: SecuredIo::new(TlsStream::Server(stream)), framing, peer, ours })
+        Ok(Secured { io: secured(handshake, tcp)?, framing, peer, ours })
     }
+}
+
+/// The stream behind a handshake that is done.
+fn secured(handshake: Handshake<impl handshake::Side>, tcp: TcpStream) -> Result<SecuredIo, TlsError> {
+    let (records, received) = handshake.finish().map_err(TlsError::Own)?;
+    Ok(SecuredIo::new(tcp, records, received))
 }
 
 /// Closes so that the peer gets to read our last words: closing with unread input would send a reset, which may
@@ -427,6 +444,9 @@ pub(super) fn good_until(secured: &Secured) -> SystemTime {
 
 #[cfg(test)]
 pub(super) mod foreign;
+mod handshake;
+mod records;
 mod stream;
+mod suites;
 
 pub(super) use stream::{Failure, SecuredIo};

@@ -45,20 +45,33 @@ pub(super) struct Head {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Control {
     /// The dialling end asks for a stream to `target`.
-    Open { target: SocketAddr, elsewhere: bool },
+    Open {
+        target: SocketAddr,
+        elsewhere: bool,
+    },
     /// The answers to it. `refusal` is 0 where none of ours was the reason.
     Accepted,
-    Refused { refusal: u32 },
+    Refused {
+        refusal: u32,
+    },
     /// This direction ends in order; how much of the other one the application has taken, where that was asked.
-    End { taken: Option<u64> },
+    End {
+        taken: Option<u64>,
+    },
     /// The stream ends at once, in both directions; likewise.
-    Reset { taken: Option<u64> },
+    Reset {
+        taken: Option<u64>,
+    },
     /// So many octets more may be sent.
-    Grant { octets: u32 },
+    Grant {
+        octets: u32,
+    },
     Ping,
     Pong,
     /// No stream after this one was or will be looked at, and no new one is wanted.
-    Leave { last: u32 },
+    Leave {
+        last: u32,
+    },
     /// Of a later version; to be ignored.
     Unknown,
 }
@@ -134,10 +147,14 @@ impl Control {
 
     /// What follows `head`, whole.
     pub(super) fn decode(head: Head, body: &[u8]) -> Result<Self, Malformed> {
-        let number = || body.first_chunk().map(|octets| u32::from_be_bytes(*octets)).ok_or(Malformed("a frame is too short"));
+        let number =
+            || body.first_chunk().map(|octets| u32::from_be_bytes(*octets)).ok_or(Malformed("a frame is too short"));
         let taken = || match body {
             [] => Ok(None),
-            _ => body.first_chunk().map(|octets| Some(u64::from_be_bytes(*octets))).ok_or(Malformed("a frame is too short")),
+            _ => body
+                .first_chunk()
+                .map(|octets| Some(u64::from_be_bytes(*octets)))
+                .ok_or(Malformed("a frame is too short")),
         };
         Ok(match head.kind {
             OPEN => open(body)?,

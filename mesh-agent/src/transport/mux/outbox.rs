@@ -5,10 +5,7 @@
 //! others. Large pieces wait as they are, without a copy, and a few go after each turn of the small ones. What belongs to
 //! one stream stays in its order. Must not know flow control.
 
-use std::{
-    collections::VecDeque,
-    io::IoSlice,
-};
+use std::{collections::VecDeque, io::IoSlice};
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 

@@ -274,7 +274,9 @@ impl Shared {
             return Err(unopened(lost));
         }
         // Numbers are never used twice: a connection that has had them all is replaced.
-        let Some(number) = state.last.checked_add(1).filter(|_| !state.leaving) else { return Err(Unopened::leaving()) };
+        let Some(number) = state.last.checked_add(1).filter(|_| !state.leaving) else {
+            return Err(Unopened::leaving());
+        };
         state.last = number;
         state.streams.insert(number, Stream::new());
         state.control(number, &Control::Open { target, elsewhere });
@@ -524,7 +526,11 @@ impl Shared {
                 return Ok(None);
             }
             Control::Pong | Control::Unknown => return Ok(None),
-            Control::Accepted | Control::Refused { .. } | Control::End { .. } | Control::Reset { .. } | Control::Grant { .. } => {}
+            Control::Accepted
+            | Control::Refused { .. }
+            | Control::End { .. }
+            | Control::Reset { .. }
+            | Control::Grant { .. } => {}
         }
         state.known(number)?;
         let dialing = state.dialing;
@@ -588,7 +594,11 @@ impl Shared {
 impl State {
     /// Whether the stream is there, or was.
     fn known(&self, number: u32) -> Result<(), Malformed> {
-        if number == 0 || number > self.last { Err(Malformed("a frame for a stream that was never opened")) } else { Ok(()) }
+        if number == 0 || number > self.last {
+            Err(Malformed("a frame for a stream that was never opened"))
+        } else {
+            Ok(())
+        }
     }
 
     fn asked(&mut self, number: u32, target: SocketAddr, elsewhere: bool) -> Result<Option<Asked>, Malformed> {

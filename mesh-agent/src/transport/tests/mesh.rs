@@ -1,4 +1,5 @@
 //! The tests of tunnels over our own framing, which two agents agree on.
+#![allow(clippy::duplicate_mod, reason = "the same tests for both framings")]
 
 dialling!(Settings::default());
 
