@@ -87,28 +87,22 @@ struct Stream {
     /// What the peer may still send, and what was consumed of it and not granted again.
     window: u32,
     owed: u32,
-    theirs: Direction,
+    theirs_ended: bool,
     /// What the peer has said about how much was taken, and who wants to know.
     told: Option<u64>,
     taken: Option<Arc<AtomicU64>>,
     /// What we may still send, and what waits to be sent as it is.
     credit: u32,
     queued: usize,
-    ours: Direction,
+    ours_ended: bool,
+    /// Both directions at once, by either end. The peer may have ended its own in order before that.
+    reset: bool,
     answer: Answer,
     reader: Option<Waker>,
     writer: Option<Waker>,
     /// Handles that are still there, and whether the receiving one is not.
     halves: u8,
     deaf: bool,
-}
-
-#[derive(Clone, Copy, Default, PartialEq, Eq)]
-enum Direction {
-    #[default]
-    Open,
-    Ended,
-    Reset,
 }
 
 /// What a stream that was asked for has come to.
@@ -179,19 +173,18 @@ impl Stream {
         Self { window: WINDOW, credit: WINDOW, halves: 2, ..Self::default() }
     }
 
-    fn is_reset(&self) -> bool {
-        self.theirs == Direction::Reset || self.ours == Direction::Reset
-    }
-
-    /// The peer has said the end of its direction.
-    fn end(&mut self, how: Direction, taken: Option<u64>) {
-        self.theirs = how;
-        self.told = taken;
-        if let Some(wanted) = &self.taken {
-            wanted.store(taken.unwrap_or(UNTOLD), Ordering::Relaxed);
+    /// The peer has said the end of its direction, or of both.
+    fn end(&mut self, reset: bool, taken: Option<u64>) {
+        if !self.theirs_ended {
+            self.told = taken;
+            if let Some(wanted) = &self.taken {
+                wanted.store(taken.unwrap_or(UNTOLD), Ordering::Relaxed);
+            }
         }
+        self.reset |= reset;
+        self.theirs_ended |= !reset;
         wake(&mut self.reader);
-        if how == Direction::Reset {
+        if reset {
             wake(&mut self.writer);
         }
     }
@@ -215,8 +208,8 @@ impl State {
 
     fn reset(&mut self, number: u32, taken: Option<u64>) {
         let Some(stream) = self.streams.get_mut(&number) else { return };
-        if !stream.is_reset() {
-            stream.ours = Direction::Reset;
+        if !stream.reset {
+            stream.reset = true;
             wake(&mut stream.reader);
             wake(&mut stream.writer);
             self.outbox.forget(number);
@@ -228,7 +221,7 @@ impl State {
         let Some(stream) = self.streams.get_mut(&number) else { return };
         stream.halves -= 1;
         if stream.halves == 0 {
-            if (stream.ours, stream.theirs) != (Direction::Ended, Direction::Ended) {
+            if !(stream.ours_ended && stream.theirs_ended) {
                 self.reset(number, None);
             }
             self.streams.remove(&number);
@@ -290,7 +283,7 @@ impl Shared {
         let Some(stream) = streams.get_mut(&number) else { return Poll::Ready(Err(Unopened::Reset(reset().into()))) };
         match (stream.answer, over) {
             (Answer::Waiting, Some(lost)) => Poll::Ready(Err(unopened(lost))),
-            (Answer::Waiting, None) if stream.is_reset() => Poll::Ready(Err(Unopened::Reset(reset().into()))),
+            (Answer::Waiting, None) if stream.reset => Poll::Ready(Err(Unopened::Reset(reset().into()))),
             (Answer::Waiting, None) => {
                 wait(&mut stream.reader, cx);
                 Poll::Pending
@@ -303,12 +296,12 @@ impl Shared {
     pub(super) fn answer(&self, number: u32, answer: &Control) -> io::Result<()> {
         let mut state = self.lock();
         let over = state.over.is_some();
-        let Some(stream) = state.streams.get_mut(&number).filter(|stream| !over && !stream.is_reset()) else {
+        let Some(stream) = state.streams.get_mut(&number).filter(|stream| !over && !stream.reset) else {
             return Err(reset());
         };
         if matches!(answer, Control::Refused { .. }) {
             // The peer forgets it then.
-            (stream.ours, stream.theirs) = (Direction::Ended, Direction::Ended);
+            (stream.ours_ended, stream.theirs_ended) = (true, true);
         }
         state.control(number, answer);
         Ok(())
@@ -322,13 +315,13 @@ impl Shared {
         if let Some(piece) = stream.inbox.next() {
             return Poll::Ready(Ok(Some(piece)));
         }
-        match stream.theirs {
-            Direction::Ended => Poll::Ready(Ok(None)),
-            Direction::Open if !over && stream.ours != Direction::Reset => {
-                wait(&mut stream.reader, cx);
-                Poll::Pending
-            }
-            Direction::Open | Direction::Reset => Poll::Ready(Err(reset())),
+        if stream.theirs_ended {
+            Poll::Ready(Ok(None))
+        } else if over || stream.reset {
+            Poll::Ready(Err(reset()))
+        } else {
+            wait(&mut stream.reader, cx);
+            Poll::Pending
         }
     }
 
@@ -338,7 +331,7 @@ impl Shared {
         let Some(stream) = state.streams.get_mut(&number) else { return };
         // Never more than the window, which is a u32.
         stream.owed += u32::try_from(octets).unwrap_or_default();
-        if stream.owed >= GRANT_AT && stream.theirs == Direction::Open && !stream.is_reset() {
+        if stream.owed >= GRANT_AT && !stream.theirs_ended && !stream.reset {
             let octets = std::mem::take(&mut stream.owed);
             stream.window += octets;
             state.control(number, &Control::Grant { octets });
@@ -350,10 +343,10 @@ impl Shared {
         let mut state = self.lock();
         let state = &mut *state;
         let Some(stream) = state.streams.get_mut(&number) else { return Poll::Ready(Err(reset())) };
-        if stream.ours == Direction::Ended {
+        if stream.ours_ended {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
-        if stream.is_reset() || state.over.is_some() {
+        if stream.reset || state.over.is_some() {
             return Poll::Ready(Err(reset()));
         }
         let wanted = payload.len();
@@ -389,13 +382,13 @@ impl Shared {
         let mut state = self.lock();
         let state = &mut *state;
         let Some(stream) = state.streams.get_mut(&number) else { return Err(reset()) };
-        if stream.ours == Direction::Ended {
+        if stream.ours_ended {
             return Ok(());
         }
-        if stream.is_reset() || state.over.is_some() {
+        if stream.reset || state.over.is_some() {
             return Err(reset());
         }
-        stream.ours = Direction::Ended;
+        stream.ours_ended = true;
         let end = Control::End { taken };
         if stream.queued == 0 {
             state.outbox.control(number, &end);
@@ -416,7 +409,7 @@ impl Shared {
         let mut state = self.lock();
         let over = state.over.is_some();
         match state.streams.get_mut(&number) {
-            Some(stream) if !over && !stream.is_reset() => {
+            Some(stream) if !over && !stream.reset => {
                 wait(&mut stream.writer, cx);
                 Poll::Pending
             }
@@ -435,7 +428,7 @@ impl Shared {
     /// Dropped before its end, it resets the stream, also when the other half is still there.
     pub(super) fn drop_sender(&self, number: u32) {
         let mut state = self.lock();
-        if state.streams.get(&number).is_some_and(|stream| stream.ours == Direction::Open) {
+        if state.streams.get(&number).is_some_and(|stream| !stream.ours_ended && !stream.reset) {
             state.reset(number, None);
         }
         state.drop_half(number);
@@ -491,12 +484,12 @@ impl Shared {
         let mut state = self.lock();
         state.known(number)?;
         let Some(stream) = state.streams.get_mut(&number) else { return Ok(()) };
-        if stream.theirs != Direction::Open {
+        if stream.theirs_ended {
             return Err(Malformed("data after the end of its stream"));
         }
         let length = u32::try_from(piece.len()).unwrap_or(u32::MAX);
         stream.window = stream.window.checked_sub(length).ok_or(Malformed("more data than was granted"))?;
-        if !stream.deaf && stream.ours != Direction::Reset {
+        if !stream.deaf && !stream.reset {
             stream.inbox.add(piece);
             wake(&mut stream.reader);
         }
@@ -519,7 +512,7 @@ impl Shared {
                 state.leaving = true;
                 for (_, stream) in state.streams.iter_mut().filter(|(number, _)| **number > last) {
                     stream.answer = Answer::Unseen;
-                    stream.end(Direction::Reset, None);
+                    stream.end(true, None);
                 }
                 // There may be nothing to wait for.
                 state.kick();
@@ -545,14 +538,14 @@ impl Shared {
             }
             Control::Refused { refusal } => {
                 stream.answer = Answer::Refused(refusal);
-                (stream.ours, stream.theirs) = (Direction::Ended, Direction::Ended);
+                (stream.ours_ended, stream.theirs_ended) = (true, true);
                 wake(&mut stream.reader);
                 wake(&mut stream.writer);
             }
-            Control::End { taken } if stream.theirs == Direction::Open => stream.end(Direction::Ended, taken),
+            Control::End { taken } if !stream.theirs_ended => stream.end(false, taken),
             Control::End { .. } => return Err(Malformed("a second end of a stream")),
             Control::Reset { taken } => {
-                stream.end(Direction::Reset, taken);
+                stream.end(true, taken);
                 state.outbox.forget(number);
             }
             Control::Grant { octets } => {
@@ -614,7 +607,7 @@ impl State {
             return Ok(None);
         }
         self.last = number;
-        let open = || self.streams.values().filter(|stream| !stream.is_reset()).count();
+        let open = || self.streams.values().filter(|stream| !stream.reset).count();
         if self.streams.len() >= ACCEPTED && (self.streams.len() >= HELD || open() >= ACCEPTED) {
             self.control(number, &Control::Refused { refusal: 0 });
             return Ok(None);
