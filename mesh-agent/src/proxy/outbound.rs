@@ -47,6 +47,8 @@ use crate::{
 const PAUSE: Duration = Duration::from_millis(200);
 /// How long a client of a server that has greeted in HTTP/2 may take to begin.
 const GREETED: Duration = Duration::from_secs(10);
+/// How long connections that have ended may hold their place when no other comes.
+const COLLECT: Duration = Duration::from_secs(2);
 /// Pause after the system has refused to accept, usually for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Most requests' heads fit.
@@ -89,9 +91,11 @@ pub async fn serve(workers: Arc<Workers>, listener: Acceptor, place: Place, mut 
     let place = Arc::new(place);
     let mut connections = JoinSet::new();
     loop {
+        // Collects what has ended, so that the set does not grow. Waiting for it would wake this task for each.
+        while connections.try_join_next().is_some() {}
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            Some(_ended) = connections.join_next() => continue,
+            () = tokio::time::sleep(COLLECT), if !connections.is_empty() => continue,
             // A sender that is gone means the same.
             _ = drain.wait_for(|drain| *drain) => break,
         };

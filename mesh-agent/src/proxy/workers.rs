@@ -29,6 +29,9 @@ use crate::transport::dial::Figures;
 /// A thread's stack. Futures live on the heap; the deepest calls are a TLS handshake and BPF map access.
 const STACK: usize = 1 << 20;
 
+/// By what share of the idlest worker's connections the calling one may have more: an eighth.
+const SLACK: usize = 8;
+
 /// A thread that was to carry connections.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot start thread {number} for connections: the system is out of threads or files; see ulimit -u and -n")]
@@ -40,6 +43,8 @@ pub struct WorkerError {
 /// The threads of an agent. They end when this is dropped.
 pub struct Workers {
     each: Vec<Worker>,
+    /// Counts listeners.
+    turn: AtomicUsize,
 }
 
 struct Worker {
@@ -76,23 +81,40 @@ impl Workers {
             runtime.spawn(proxy.clone().keep_house());
             each.push(Worker { runtime, proxy, load: Arc::default(), _running: Some(running) });
         }
-        Ok(Self { each })
+        Ok(Self { each, turn: AtomicUsize::new(0) })
     }
 
     /// One worker, which is the calling runtime.
     #[cfg(test)]
     pub(crate) fn here(proxy: Arc<Proxy>) -> Arc<Self> {
         let worker = Worker { runtime: Handle::current(), proxy, load: Arc::default(), _running: None };
-        Arc::new(Self { each: vec![worker] })
+        Arc::new(Self { each: vec![worker], turn: AtomicUsize::new(0) })
     }
 
-    /// Carries a connection on the worker that has the fewest; it is cut when `set` is dropped. The future is as large as the
-    /// memory that an idle connection takes, and would be twice as large wrapped in another: it keeps the [`Busy`] itself.
+    /// Accepts on one of the workers, each in its turn, until `set` is dropped: most connections are then carried where they were
+    /// accepted, and wake no other thread.
+    pub(crate) fn accept<F>(&self, set: &mut JoinSet<()>, accept: F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        if let Some(worker) = self.each.get(turn % self.each.len().max(1)) {
+            set.spawn_on(accept, &worker.runtime);
+        }
+    }
+
+    /// Carries a connection on the calling worker, or on the one that has the fewest if that has clearly fewer; it is cut when
+    /// `set` is dropped. The future is as large as the memory that an idle connection takes, and would be twice as large wrapped in
+    /// another: it keeps the [`Busy`] itself.
     pub(crate) fn spawn<F>(&self, set: &mut JoinSet<()>, carry: impl FnOnce(Arc<Proxy>, Busy) -> F)
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let Some(worker) = self.each.iter().min_by_key(|worker| worker.load.load(Ordering::Relaxed)) else { return };
+        let load = |worker: &Worker| worker.load.load(Ordering::Relaxed);
+        let Some(idlest) = self.each.iter().min_by_key(|worker| load(worker)) else { return };
+        let here = Handle::try_current().ok().map(|runtime| runtime.id());
+        let here = self.each.iter().find(|worker| Some(worker.runtime.id()) == here);
+        let worker = here.filter(|worker| load(worker) <= load(idlest) + load(idlest) / SLACK).unwrap_or(idlest);
         worker.load.fetch_add(1, Ordering::Relaxed);
         let busy = Busy(worker.load.clone());
         set.spawn_on(carry(worker.proxy.clone(), busy), &worker.runtime);

@@ -96,7 +96,7 @@ impl Space {
             let place =
                 Place { netns: cookie, who: Who::ByNumber, originals: Originals::Kernel(servers.flows.clone()) };
             let (workers, drain) = (servers.workers.clone(), servers.drain.clone());
-            running.spawn(async move {
+            servers.workers.accept(&mut running, async move {
                 match Acceptor::new(listener) {
                     Ok(listener) => outbound::serve(workers, listener, place, drain).await,
                     Err(error) => tracing::error!(%error, "cannot watch an outbound listener"),

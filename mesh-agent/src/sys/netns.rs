@@ -3,11 +3,13 @@
 //! Knows nothing of tasks; a namespace is a file here.
 
 use std::{
+    cell::RefCell,
     fs::File,
     io,
     marker::PhantomData,
     os::fd::AsFd as _,
     path::{Path, PathBuf},
+    rc::Rc,
 };
 
 use nix::sched::{CloneFlags, setns};
@@ -31,10 +33,16 @@ pub struct Netns {
     cookie: u64,
 }
 
+thread_local! {
+    /// The namespace that the thread is in whenever nothing of ours is on its stack: it never leaves it otherwise. Opening it
+    /// takes longer than entering another and returning. `None` while it is away.
+    static HOME: RefCell<Option<Rc<File>>> = const { RefCell::new(None) };
+}
+
 /// The calling thread is inside a namespace until this is dropped. Not `Send`: it belongs to its thread, and must
 /// never live across an await.
 pub struct Inside {
-    home: File,
+    back: Rc<File>,
     not_send: PhantomData<*const ()>,
 }
 
@@ -73,17 +81,22 @@ impl Netns {
 
     fn enter(&self) -> Result<Inside, NetnsError> {
         let enter = |source: io::Error| NetnsError::Enter { path: self.path.clone(), source };
-        let home = File::open("/proc/thread-self/ns/net").map_err(enter)?;
+        // Who is away already returns to where it is now.
+        let back = match HOME.take() {
+            Some(home) => home,
+            None => Rc::new(File::open("/proc/thread-self/ns/net").map_err(enter)?),
+        };
         setns(self.file.as_fd(), CloneFlags::CLONE_NEWNET).map_err(|e| enter(e.into()))?;
-        Ok(Inside { home, not_send: PhantomData })
+        Ok(Inside { back, not_send: PhantomData })
     }
 }
 
 impl Drop for Inside {
     fn drop(&mut self) {
         // A thread that cannot return would make every later socket in a stranger's namespace.
-        if setns(self.home.as_fd(), CloneFlags::CLONE_NEWNET).is_err() {
+        if setns(self.back.as_fd(), CloneFlags::CLONE_NEWNET).is_err() {
             std::process::abort();
         }
+        HOME.set(Some(self.back.clone()));
     }
 }

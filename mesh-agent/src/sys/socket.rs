@@ -111,10 +111,9 @@ pub fn udp_socket(addr: SocketAddr) -> io::Result<UdpSocket> {
 /// # Errors
 /// Out of sockets, or no CAP_NET_ADMIN.
 pub fn tcp_client(family_of: SocketAddr) -> io::Result<TcpStream> {
-    let socket = Socket::new(Domain::for_address(family_of), Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_nonblocking(true)?;
+    // Of two thousand a second each call counts.
+    let socket = Socket::new(Domain::for_address(family_of), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
     socket.set_mark(MARK)?;
-    socket.set_tcp_nodelay(true)?;
     Ok(socket.into())
 }
 
