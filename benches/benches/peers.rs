@@ -136,7 +136,8 @@ fn run(args: &Args) -> Result<Vec<String>> {
     println!("FIGURE memory.pair_start_peak {:.1} MB", usage::high_water(&pids) as f64 / 1e6);
     usage::forget_high_water(&pids)?;
     println!("Measuring: {rounds} rounds of {seconds} s …");
-    let table = rounds::measure(&topology, &subjects, &works, (rounds, seconds), |line| println!("{line}"));
+    let table =
+        rounds::measure(&topology, &subjects, &works, (rounds, seconds), goals::turns, |line| println!("{line}"));
     if table.failures() > 0 {
         faults.push(format!("{} measurements are broken; they are marked above", table.failures()));
     }

@@ -42,22 +42,30 @@ pub enum Metric {
     Strangers,
 }
 
-/// What was measured, by work, subject and round. A run that failed is `None`.
+/// What was measured, by work, subject, round, and turn within the round. A run that failed is `None`.
 #[derive(Debug, Default)]
 pub struct Table {
-    cells: BTreeMap<(Work, String), Vec<Option<Cell>>>,
+    cells: BTreeMap<(Work, String), Rounds>,
 }
 
+/// The turns of each round.
+type Rounds = BTreeMap<u32, Vec<Option<Cell>>>;
+
 impl Table {
-    pub fn add(&mut self, work: Work, subject: &str, cell: Option<Cell>) {
-        self.cells.entry((work, subject.to_owned())).or_default().push(cell);
+    pub fn add(&mut self, work: Work, subject: &str, round: u32, cell: Option<Cell>) {
+        self.cells.entry((work, subject.to_owned())).or_default().entry(round).or_default().push(cell);
     }
 
-    /// One value for each round; nothing where the subject did not do the work.
+    /// One value for each turn of each round; nothing where the subject did not do the work.
     #[must_use]
     pub fn series(&self, work: Work, subject: &str, metric: Metric) -> Vec<Option<f64>> {
-        let rounds = self.cells.get(&(work, subject.to_owned())).map_or(&[][..], Vec::as_slice);
-        rounds.iter().map(|cell| cell.as_ref().and_then(|cell| metric.of(cell))).collect()
+        self.by_round(work, subject, metric).into_values().flatten().collect()
+    }
+
+    fn by_round(&self, work: Work, subject: &str, metric: Metric) -> BTreeMap<u32, Vec<Option<f64>>> {
+        let values = |turns: &Vec<Option<Cell>>| turns.iter().map(|cell| metric.of(cell.as_ref()?)).collect();
+        let rounds = self.cells.get(&(work, subject.to_owned())).into_iter().flatten();
+        rounds.map(|(round, turns)| (*round, values(turns))).collect()
     }
 
     #[must_use]
@@ -70,29 +78,47 @@ impl Table {
         spread(&self.series(work, subject, metric).into_iter().flatten().collect::<Vec<_>>())
     }
 
-    /// Median over the rounds of `one / other`.
+    /// Median of `one / other` over the turns, or over the rounds where the two had different numbers of turns.
     #[must_use]
     pub fn ratio(&self, work: Work, one: &str, other: &str, metric: Metric) -> Option<f64> {
-        figures::ratio(&self.series(work, one, metric), &self.series(work, other, metric))
+        let others = self.by_round(work, other, metric);
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for (round, one) in self.by_round(work, one, metric) {
+            let Some(other) = others.get(&round) else { continue };
+            if one.len() == other.len() {
+                ours.extend(one);
+                theirs.extend(other);
+            } else {
+                let middle = |turns: &[Option<f64>]| median(&turns.iter().copied().flatten().collect::<Vec<_>>());
+                ours.push(middle(&one));
+                theirs.push(middle(other));
+            }
+        }
+        figures::ratio(&ours, &theirs)
     }
 
     /// Every value of a column.
     #[must_use]
     pub fn column(&self, metric: Metric) -> Vec<f64> {
-        self.cells.values().flatten().flatten().filter_map(|cell| metric.of(cell)).collect()
+        self.all().filter_map(|cell| metric.of(cell.as_ref()?)).collect()
     }
 
     /// The most over all works and rounds.
     #[must_use]
     pub fn most(&self, subject: &str, metric: Metric) -> Option<f64> {
         let own = self.cells.iter().filter(|((_, name), _)| name == subject);
-        own.flat_map(|(_, cells)| cells.iter().flatten().filter_map(|cell| metric.of(cell))).max_by(f64::total_cmp)
+        let cells = own.flat_map(|(_, rounds)| rounds.values().flatten().flatten());
+        cells.filter_map(|cell| metric.of(cell)).max_by(f64::total_cmp)
     }
 
     /// Runs that failed.
     #[must_use]
     pub fn failures(&self) -> usize {
-        self.cells.values().flatten().filter(|cell| cell.is_none()).count()
+        self.all().filter(|cell| cell.is_none()).count()
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Option<Cell>> {
+        self.cells.values().flat_map(Rounds::values).flatten()
     }
 }
 
@@ -111,30 +137,29 @@ impl Metric {
     }
 }
 
-/// How often in a round the shortest works are done.
-const TURNS: usize = 5;
-
-/// Measures all, telling each result as it comes.
+/// Measures all, telling each result as it comes. `turns` says how often in a round a subject does a work: those with more
+/// than others go on alone, so that they follow each other closely.
 pub fn measure(
     topology: &Topology,
     subjects: &[Subject],
     works: &[Work],
     (rounds, seconds): (u32, u32),
+    turns: impl Fn(Work, &Subject) -> usize,
     mut tell: impl FnMut(&str),
 ) -> Table {
     let mut table = Table::default();
     for round in 1..=rounds {
         for &work in works {
-            // Differences of a microsecond drown in anything but turns that follow each other closely.
-            let turns = if work.is_a_race() || work == Work::Paced { 1 } else { TURNS };
             let able = || subjects.iter().filter(|subject| subject.works.contains(&work));
-            for subject in (0..turns).flat_map(|_| able()) {
+            let most = able().map(|subject| turns(work, subject)).max().unwrap_or_default();
+            let all = (0..most).flat_map(|turn| able().map(move |subject| (turn, subject)));
+            for (_, subject) in all.filter(|(turn, subject)| *turn < turns(work, subject)) {
                 let cell = cell(topology, subject, work, seconds);
                 tell(&match &cell {
                     Ok(cell) => line(round, work, subject.name, cell),
                     Err(error) => format!("round {round} {:<8} {:<18} FAILED {error:#}", work.name(), subject.name),
                 });
-                table.add(work, subject.name, cell.ok());
+                table.add(work, subject.name, round, cell.ok());
             }
         }
     }
@@ -181,9 +206,9 @@ mod tests {
     #[test]
     fn ratios_are_taken_round_by_round() {
         let mut table = Table::default();
-        for (one, other) in [(10.0, 20.0), (30.0, 20.0), (10.0, 10.0)] {
-            table.add(Work::Http, "one", cell(one));
-            table.add(Work::Http, "other", cell(other));
+        for (round, (one, other)) in (1..).zip([(10.0, 20.0), (30.0, 20.0), (10.0, 10.0)]) {
+            table.add(Work::Http, "one", round, cell(one));
+            table.add(Work::Http, "other", round, cell(other));
         }
         assert_eq!(table.ratio(Work::Http, "one", "other", Metric::Rate), Some(1.0));
         assert_eq!(table.median(Work::Http, "one", Metric::Rate), Some(10.0));
@@ -192,10 +217,22 @@ mod tests {
     }
 
     #[test]
+    fn who_has_more_turns_is_compared_by_the_middle_of_each_round() {
+        let mut table = Table::default();
+        for (round, rate) in [(1, 10.0), (1, 20.0), (1, 60.0), (2, 40.0), (2, 40.0), (2, 80.0)] {
+            table.add(Work::Http, "often", round, cell(rate));
+        }
+        for (round, rate) in [(1, 10.0), (2, 10.0)] {
+            table.add(Work::Http, "seldom", round, cell(rate));
+        }
+        assert_eq!(table.ratio(Work::Http, "often", "seldom", Metric::Rate), Some(3.0), "the middle of 2 and 4");
+    }
+
+    #[test]
     fn a_failed_run_is_no_figure_but_is_counted() {
         let mut table = Table::default();
-        table.add(Work::Http, "one", None);
-        table.add(Work::Http, "one", cell(4.0));
+        table.add(Work::Http, "one", 1, None);
+        table.add(Work::Http, "one", 2, cell(4.0));
         assert_eq!(table.median(Work::Http, "one", Metric::Rate), Some(4.0));
         assert_eq!(table.failures(), 1);
     }

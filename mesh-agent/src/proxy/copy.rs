@@ -20,7 +20,7 @@
 
 use std::{
     cell::RefCell,
-    future::{Future, poll_fn},
+    future::Future,
     io,
     pin::{Pin, pin},
     sync::Arc,
@@ -58,16 +58,56 @@ thread_local! {
 
 /// Copies until both directions have ended, and says whether they ended in order. `source` is the end that connected;
 /// what it sends is counted as sent. When the task at either end has gone, both are reset.
-pub(super) async fn both_ways(source: Wire, destination: Wire, counts: &Counts) -> Outcome {
-    let mut forth = Flow::new(source.early);
-    let mut back = Flow::new(destination.early);
-    let (source_gone, destination_gone) = (wire::gone(source.gone), wire::gone(destination.gone));
-    let watched = destination.watched.as_deref();
-    let (mut source, mut destination) = (End::from(source.socket), End::from(destination.socket));
-    let copied = poll_fn(|cx| {
+pub(super) fn both_ways(source: Wire, destination: Wire, counts: Arc<Counts>) -> BothWays {
+    BothWays {
+        forth: Flow::new(source.early),
+        back: Flow::new(destination.early),
+        source: End::from(source.socket),
+        destination: End::from(destination.socket),
+        gone: [source.gone, destination.gone].map(wire::until_gone),
+        watched: destination.watched,
+        counts,
+    }
+}
+
+/// See [`both_ways`]. What an idle connection holds is this, so it holds nothing twice, as what a compiler makes of an
+/// `async fn` does with its arguments.
+pub(super) struct BothWays {
+    forth: Flow,
+    back: Flow,
+    source: End,
+    destination: End,
+    gone: [Option<wire::UntilGone>; 2],
+    watched: Option<Box<Watched>>,
+    counts: Arc<Counts>,
+}
+
+impl Future for BothWays {
+    type Output = Outcome;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome> {
+        let ended = match self.poll_copy(cx) {
+            Poll::Ready(ended) => ended,
+            Poll::Pending => {
+                if !self.gone.iter_mut().flatten().any(|gone| gone.as_mut().poll(cx).is_ready()) {
+                    return Poll::Pending;
+                }
+                Outcome::Reset
+            }
+        };
+        if ended != Outcome::Ok {
+            self.reset();
+        }
+        Poll::Ready(ended)
+    }
+}
+
+impl BothWays {
+    fn poll_copy(&mut self, cx: &mut Context<'_>) -> Poll<Outcome> {
+        let Self { forth, back, source, destination, watched, counts, gone: _ } = self;
         let (sent, received) = (|n| counts.add_sent(n), |n| counts.add_received(n));
-        if forth.poll(cx, &mut source, &mut destination, Opposite::of(&back, None), sent).is_err()
-            || back.poll(cx, &mut destination, &mut source, Opposite::of(&forth, watched), received).is_err()
+        if forth.poll(cx, source, destination, Opposite::of(back, None), sent).is_err()
+            || back.poll(cx, destination, source, Opposite::of(forth, watched.as_deref()), received).is_err()
         {
             return Poll::Ready(Outcome::Reset);
         }
@@ -83,24 +123,19 @@ pub(super) async fn both_ways(source: Wire, destination: Wire, counts: &Counts) 
             return Poll::Ready(Outcome::Reset);
         }
         Poll::Pending
-    });
-    let ended = tokio::select! {
-        biased;
-        ended = copied => ended,
-        () = source_gone => Outcome::Reset,
-        () = destination_gone => Outcome::Reset,
-    };
-    if ended != Outcome::Ok {
-        if let End::Tunnel(tunnel) = &mut source
+    }
+
+    fn reset(&mut self) {
+        if let End::Tunnel(tunnel) = &mut self.source
             && tunnel.is_asked()
-            && let Some(taken) = watched.and_then(Watched::taken)
+            && let Some(taken) = self.watched.as_deref().and_then(Watched::taken)
         {
             tunnel.reset_with_taken(taken);
         }
-        source.reset();
-        destination.reset();
+        for end in [&mut self.source, &mut self.destination] {
+            std::mem::replace(end, End::Moving).reset();
+        }
     }
-    ended
 }
 
 /// One direction.
@@ -287,7 +322,7 @@ enum End {
     /// Has sent its end; it is written to, and watched for errors.
     Listening(Arc<TcpStream>, Pin<Box<dyn Future<Output = ()> + Send>>),
     Tunnel(Box<Tunnel>),
-    /// Only while it changes from one to another.
+    /// While it changes from one to another, and when all is over.
     Moving,
 }
 

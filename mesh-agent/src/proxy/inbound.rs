@@ -53,7 +53,7 @@ pub async fn handle(proxy: Arc<Proxy>, request: Request) {
                     let source = Wire::new(Socket::Tunnel(Box::new(tunnel)));
                     let counts = access.counts.clone();
                     tokio::select! {
-                        outcome = copy::both_ways(source, destination, &counts) => access.outcome = outcome,
+                        outcome = copy::both_ways(source, destination, counts) => access.outcome = outcome,
                         refusal = denied => access.refusal = Some(refusal),
                     }
                 }

@@ -14,9 +14,18 @@
 //! then on both sides are listened to. A client that stops in the middle of something like a request line is given up
 //! as HTTP after [`PAUSE`]. Must not know how requests are carried, nor bytes.
 
-use std::{future::poll_fn, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    future::poll_fn,
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
 use bytes::BytesMut;
+use futures_util::FutureExt as _;
 use mesh_common::refusal::Refusal;
 use mesh_core::{
     addr::OrigDst,
@@ -39,7 +48,7 @@ use crate::{
     sys::{flows::Flows, socket::Acceptor},
     telemetry::{
         access::{Access, Destination, Source},
-        metrics::{Direction, Outcome, Protocol},
+        metrics::{Direction, Open, Outcome, Protocol},
     },
 };
 
@@ -120,32 +129,58 @@ pub async fn serve(workers: Arc<Workers>, listener: Acceptor, place: Place, mut 
     while connections.join_next().await.is_some() {}
 }
 
+/// Carries a connection to its end. All that is only needed for a while is on the heap for a while: this is held as long as the
+/// connection, and there may be many that are idle.
 async fn carry(proxy: Arc<Proxy>, place: Arc<Place>, client: TcpStream, peer: SocketAddr) {
     let _live = proxy.live();
-    let Some((route, client)) = routed(&proxy, &place, client, peer) else { return };
-    let _open =
+    let Some(Begun { open: _open, mut step }) = begin(&proxy, &place, client, peer) else { return };
+    while let Some(Step(next)) = step.0.await {
+        step = Step(next);
+    }
+}
+
+/// A part of a connection's life, and what follows it. Each on its own piece of heap: every connection would otherwise be as
+/// large as the largest of them for all its life.
+struct Step(Pin<Box<dyn Future<Output = Option<Step>> + Send>>);
+
+struct Begun {
+    open: Open,
+    step: Step,
+}
+
+impl Step {
+    fn new(future: impl Future<Output = Option<Self>> + Send + 'static) -> Self {
+        Self(Box::pin(future))
+    }
+
+    fn last(future: impl Future<Output = ()> + Send + 'static) -> Self {
+        Self(Box::pin(future.map(|()| None)))
+    }
+}
+
+fn begin(proxy: &Arc<Proxy>, place: &Place, client: TcpStream, peer: SocketAddr) -> Option<Begun> {
+    let (route, client) = routed(proxy, place, client, peer)?;
+    let open =
         proxy.telemetry.metrics.open(Direction::Outbound, route.source.service.as_str(), route.service.name.as_str());
     let protocol = route.service.ports.iter().find(|port| port.id == route.port_id).map(|port| port.protocol);
     let client = Wire::tcp(client);
-    // Each on its own piece of heap: every connection would otherwise be as large as the largest of them for all its life.
-    match protocol.unwrap_or(Spoken::Tcp) {
-        Spoken::Tcp => Box::pin(stream(&route, client, None)).await,
-        Spoken::Http | Spoken::Http2 | Spoken::Grpc => {
-            let begins = Box::pin(begins_http2(&route, client)).await;
-            match begins {
-                (false, client) => Box::pin(http1::serve(route, client, None)).await,
-                (true, client) => Box::pin(http2::serve(route, client, None)).await,
-            }
-        }
-        Spoken::Auto => {
-            let detected = Box::pin(detect(&route, client)).await;
-            match detected {
-                Detected::Http(client, spare) => Box::pin(http1::serve(route, client, spare)).await,
-                Detected::Http2(client, spare) => Box::pin(http2::serve(route, client, spare)).await,
-                Detected::Stream(client, opened) => Box::pin(stream(&route, client, Some(opened))).await,
-            }
-        }
-    }
+    let step = match protocol.unwrap_or(Spoken::Tcp) {
+        Spoken::Tcp => Step::new(async move { Some(stream(client, Opened::now(&route).await)) }),
+        Spoken::Http | Spoken::Http2 | Spoken::Grpc => Step::new(async move {
+            Some(match begins_http2(&route, client).await {
+                (false, client) => Step::last(http1::serve(route, client, None)),
+                (true, client) => Step::last(http2::serve(route, client, None)),
+            })
+        }),
+        Spoken::Auto => Step::new(async move {
+            Some(match detect(&route, client).await {
+                Detected::Http(client, spare) => Step::last(http1::serve(route, client, spare)),
+                Detected::Http2(client, spare) => Step::last(http2::serve(route, client, spare)),
+                Detected::Stream(client, opened) => stream(client, opened),
+            })
+        }),
+    };
+    Some(Begun { open, step })
 }
 
 /// As [`route`]; what is refused is reset and recorded.
@@ -219,22 +254,38 @@ impl Opened {
     }
 }
 
-/// Carries a byte stream. What an idle one holds is this future, so it holds no more than that needs.
-async fn stream(route: &Route, client: Wire, opened: Option<Box<Opened>>) {
-    let opened = match opened {
-        Some(opened) => opened,
-        None => Box::pin(Opened::now(route)).await,
-    };
+/// Carries a byte stream.
+fn stream(client: Wire, opened: Box<Opened>) -> Step {
     let (mut access, upstream) = opened.for_bytes();
     match upstream {
         Ok((wire, in_flight)) => {
-            access.outcome = copy::both_ways(client, wire, &access.counts.clone()).await;
-            drop(in_flight);
+            let copying = copy::both_ways(client, wire, access.counts.clone());
+            Step::last(Streaming { copying, _in_flight: in_flight, access })
         }
         Err(refusal) => {
             access.refusal = Some(refusal);
             client.reset();
+            // The record is dropped after the reset: nobody who sees the record may find the connection still open.
+            drop(access);
+            Step::last(std::future::ready(()))
         }
+    }
+}
+
+/// A stream, and what an idle one holds.
+struct Streaming {
+    copying: copy::BothWays,
+    _in_flight: InFlight,
+    /// Dropped last: nobody who sees the record may find the connection still open.
+    access: Box<Access>,
+}
+
+impl Future for Streaming {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        self.access.outcome = ready!(Pin::new(&mut self.copying).poll(cx));
+        Poll::Ready(())
     }
 }
 

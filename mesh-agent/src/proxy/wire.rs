@@ -160,6 +160,14 @@ pub(super) async fn gone(gone: Option<Gone>) {
     }
 }
 
+/// Ready when a task has gone.
+pub(super) type UntilGone = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// The same, for who has no room for what it waits with while there is no task.
+pub(super) fn until_gone(gone: Option<Gone>) -> Option<UntilGone> {
+    gone.map(|mut gone| -> UntilGone { Box::pin(async move { gone.wait().await }) })
+}
+
 /// Makes the close of `stream` a reset.
 pub(super) fn reset(stream: &TcpStream) {
     if let Err(error) = stream.set_zero_linger() {

@@ -94,7 +94,8 @@ pub struct Access {
     pub protocol: Protocol,
     pub src: Source,
     pub dst: Destination,
-    pub request: Option<Request>,
+    /// Of few connections, so it takes no room in the others' records.
+    pub request: Option<Box<Request>>,
     pub status: Option<u16>,
     /// What a gRPC server said of the call.
     pub grpc_status: Option<u16>,
@@ -338,7 +339,7 @@ mod tests {
             ..Destination::default()
         };
         let mut access = Access::begin(&telemetry, Direction::Outbound, Protocol::Http, src, dst);
-        access.request = Some(Request { method: Method::GET, uri: "/a/b?secret=1".parse().expect("valid") });
+        access.request = Some(Box::new(Request { method: Method::GET, uri: "/a/b?secret=1".parse().expect("valid") }));
         access.status = Some(503);
         access.refusal = Some(Refusal::NoEndpoint);
         access.counts.add_received(7);

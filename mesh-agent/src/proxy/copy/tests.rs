@@ -25,8 +25,8 @@ async fn pair() -> (TcpStream, TcpStream) {
 async fn between() -> (TcpStream, TcpStream, JoinHandle<(Outcome, u64, u64)>) {
     let ((client, source), (destination, server)) = (pair().await, pair().await);
     let copy = tokio::spawn(async move {
-        let counts = Counts::default();
-        let outcome = both_ways(Wire::tcp(source), Wire::tcp(destination), &counts).await;
+        let counts = Arc::<Counts>::default();
+        let outcome = both_ways(Wire::tcp(source), Wire::tcp(destination), counts.clone()).await;
         (outcome, counts.sent.load(Ordering::Relaxed), counts.received.load(Ordering::Relaxed))
     });
     (client, server, copy)
@@ -154,8 +154,8 @@ async fn a_slow_reader_holds_the_writer_back_and_loses_nothing() {
         socket.set_recv_buffer_size(64 << 10).unwrap();
     }
     let copy = tokio::spawn(async move {
-        let counts = Counts::default();
-        both_ways(Wire::tcp(source), Wire::tcp(destination), &counts).await
+        let counts = Arc::<Counts>::default();
+        both_ways(Wire::tcp(source), Wire::tcp(destination), counts.clone()).await
     });
     let data = noise(1 << 20);
     let mut sent = 0;
@@ -183,7 +183,7 @@ async fn a_slow_reader_holds_the_writer_back_and_loses_nothing() {
 async fn what_was_read_before_comes_first() {
     let ((client, source), (destination, mut server)) = (pair().await, pair().await);
     let source = Wire::tcp(source).rewound(Bytes::from_static(b"early "));
-    let copy = tokio::spawn(async move { both_ways(source, Wire::tcp(destination), &Counts::default()).await });
+    let copy = tokio::spawn(async move { both_ways(source, Wire::tcp(destination), Arc::default()).await });
     let mut client = client;
     client.write_all(b"and late").await.unwrap();
     client.shutdown().await.unwrap();

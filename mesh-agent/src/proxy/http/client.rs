@@ -47,7 +47,7 @@ impl Client {
     /// A record of one request.
     pub(super) fn record(&self, protocol: Protocol, method: &Method, uri: &Uri) -> Access {
         let mut access = self.route.record(protocol);
-        access.request = Some(Request { method: method.clone(), uri: uri.clone() });
+        access.request = Some(Box::new(Request { method: method.clone(), uri: uri.clone() }));
         access
     }
 

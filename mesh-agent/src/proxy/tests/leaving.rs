@@ -24,7 +24,6 @@ use crate::{
         copy,
         wire::{Socket, Wire},
     },
-    telemetry::access::Counts,
     transport::{
         To,
         accept::{Acceptance, Arrival, serve},
@@ -198,8 +197,7 @@ async fn told(closed_before: bool) -> u64 {
         // The copy finds the request and the end there already when it begins, or the end later.
         let request = until(&mut tunnel, "request").await;
         let source = Wire::new(Socket::Tunnel(Box::new(tunnel))).rewound(request.into());
-        let counts = Counts::default();
-        let copied = copy::both_ways(source, Wire::tcp(ours), &counts);
+        let copied = copy::both_ways(source, Wire::tcp(ours), Arc::default());
         if closed_before {
             drop(app);
             copied.await;
@@ -244,7 +242,7 @@ async fn a_reset_that_a_write_has_met_is_passed_on_as_one() {
         // The write takes the error, and a read after it would look like an end.
         let rest = until(&mut tunnel, "quest").await;
         let source = Wire::new(Socket::Tunnel(Box::new(tunnel))).rewound(rest.into());
-        copy::both_ways(source, Wire::tcp(ours), &Counts::default()).await;
+        copy::both_ways(source, Wire::tcp(ours), Arc::default()).await;
     });
     let to = To {
         agent: at.await,

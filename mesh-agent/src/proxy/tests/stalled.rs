@@ -14,7 +14,6 @@ use crate::{
         copy,
         wire::{Socket, Wire},
     },
-    telemetry::access::Counts,
     transport::{To, tunnel::Tunnel},
 };
 
@@ -64,7 +63,7 @@ async fn an_application_that_takes_no_small_pieces_stops_no_other() {
             let (app, ours) = tokio::join!(connect(listener.local_addr().unwrap()), listener.accept());
             tell.send(app).await.unwrap();
             let tunnel = Wire::new(Socket::Tunnel(Box::new(tunnel)));
-            copy::both_ways(tunnel, Wire::tcp(ours.unwrap().0), &Counts::default()).await;
+            copy::both_ways(tunnel, Wire::tcp(ours.unwrap().0), Arc::default()).await;
         }
     })
     .await;

@@ -40,7 +40,7 @@ pub(super) fn switch(
             Ok((client, server)) => match (client_side(client), server_side(server)) {
                 (Some(client), Some(server)) => {
                     let counts = access.counts.clone();
-                    access.outcome = copy::both_ways(client, server, &counts).await;
+                    access.outcome = copy::both_ways(client, server, counts).await;
                 }
                 _ => access.refusal = Some(Refusal::UpstreamReset),
             },
