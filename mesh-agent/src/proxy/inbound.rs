@@ -35,8 +35,10 @@ pub async fn handle(proxy: Arc<Proxy>, request: Request) {
     let dst = Destination { addr: Some(request.target), id: Some(request.presented.clone()), ..Destination::default() };
     let mut access = Access::begin(&proxy.telemetry, Direction::Inbound, Protocol::Tcp, src, dst);
     let delivered = tokio::select! {
-        delivered = deliver(&proxy, &request, &mut access) => Some(delivered),
+        // Nothing is begun for who has gone already.
+        biased;
         () = request.given_up() => None,
+        delivered = deliver(&proxy, &request, &mut access) => Some(delivered),
     };
     let Some(delivered) = delivered else {
         access.outcome = Outcome::Aborted;

@@ -110,6 +110,8 @@ pub async fn serve(workers: Arc<Workers>, listener: Acceptor, place: Place, mut 
         };
         match accepted {
             Ok((client, peer)) => {
+                // Whoever connects faster than this accepts must not stop what else the thread carries.
+                tokio::task::consume_budget().await;
                 let place = place.clone();
                 workers.spawn(&mut connections, |proxy, busy| async move {
                     let _busy = busy;

@@ -43,7 +43,7 @@ pub struct WorkerError {
 /// The threads of an agent. They end when this is dropped.
 pub struct Workers {
     each: Vec<Worker>,
-    /// Counts listeners.
+    /// Counts tasks that are accepted for.
     turn: AtomicUsize,
 }
 
@@ -91,13 +91,17 @@ impl Workers {
         Arc::new(Self { each: vec![worker], turn: AtomicUsize::new(0) })
     }
 
-    /// Accepts on one of the workers, each in its turn, until `set` is dropped: most connections are then carried where they were
+    /// Whose turn it is to accept for one more task.
+    pub(crate) fn turn(&self) -> usize {
+        self.turn.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Accepts on the worker that has this turn, until `set` is dropped: most connections are then carried where they were
     /// accepted, and wake no other thread.
-    pub(crate) fn accept<F>(&self, set: &mut JoinSet<()>, accept: F)
+    pub(crate) fn accept<F>(&self, turn: usize, set: &mut JoinSet<()>, accept: F)
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
         if let Some(worker) = self.each.get(turn % self.each.len().max(1)) {
             set.spawn_on(accept, &worker.runtime);
         }

@@ -92,11 +92,13 @@ impl Space {
         let cookie = netns.cookie();
         let has_v6 = sockets.proxy.len() > 1;
         let mut running = JoinSet::new();
+        // One worker for both families: else one would have all of the first, and with it nearly everything.
+        let turn = servers.workers.turn();
         for listener in sockets.proxy {
             let place =
                 Place { netns: cookie, who: Who::ByNumber, originals: Originals::Kernel(servers.flows.clone()) };
             let (workers, drain) = (servers.workers.clone(), servers.drain.clone());
-            servers.workers.accept(&mut running, async move {
+            servers.workers.accept(turn, &mut running, async move {
                 match Acceptor::new(listener) {
                     Ok(listener) => outbound::serve(workers, listener, place, drain).await,
                     Err(error) => tracing::error!(%error, "cannot watch an outbound listener"),

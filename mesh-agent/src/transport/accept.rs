@@ -18,6 +18,8 @@ use crate::{
     },
 };
 
+/// How long connections that have ended may hold their place when no other comes.
+const COLLECT: Duration = Duration::from_secs(10);
 /// Pause after the system has refused to accept, usually for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -86,6 +88,7 @@ pub async fn serve(
         while connections.try_join_next().is_some() {}
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
+            () = tokio::time::sleep(COLLECT), if !connections.is_empty() => continue,
             () = asked_to_drain(&mut drain) => break,
         };
         match accepted {

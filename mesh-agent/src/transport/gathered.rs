@@ -6,11 +6,11 @@ use std::collections::VecDeque;
 
 use bytes::{Bytes, BytesMut};
 
-/// Smaller pieces are copied together; larger ones cost less where they are. h2 charges for less than 256; a piece may be a part
-/// of a read of 64 KiB, which it keeps alive.
-const SMALL: usize = 8 << 10;
+/// Smaller pieces are copied together. h2 charges for less than 256 octets; and a piece may be a part of a read of 64 KiB, which it
+/// keeps alive: full records, and what a frame's head leaves of one, are a quarter of it, and cost less where they are.
+const SMALL: usize = 16_000;
 /// As far as small pieces are joined: what is handed over is granted at once, so one piece must not be the whole window.
-const JOINED: usize = 16 << 10;
+const JOINED: usize = 32 << 10;
 
 /// Received, not yet handed over.
 #[derive(Default)]
@@ -57,7 +57,7 @@ mod tests {
 
     #[test]
     fn what_is_gathered_comes_out_in_its_order_and_in_no_larger_pieces_than_are_joined() {
-        let lengths = [1, 5, 9000, 1, 1023, 8192, 40_000, 3].into_iter().chain(std::iter::repeat_n(1000, 40));
+        let lengths = [1, 5, 18_000, 1, 1023, 16_000, 40_000, 3].into_iter().chain(std::iter::repeat_n(1000, 40));
         let mut gathered = Gathered::default();
         let (mut sent, mut heard) = (Vec::new(), Vec::new());
         for (number, length) in lengths.enumerate() {

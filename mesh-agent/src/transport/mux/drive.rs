@@ -27,6 +27,13 @@ use crate::transport::tls::SecuredIo;
 /// A peer that is silent for so long is asked whether it is there, and has as long to answer as follows.
 const SILENCE: Duration = Duration::from_secs(10);
 const ANSWER: Duration = Duration::from_secs(20);
+/// How long the peer may take to close after us. Closing earlier, with something of its unread, would be a reset, which takes back what it
+/// has not received yet.
+const LINGER: Duration = Duration::from_secs(2);
+/// Records that are taken in before anything is written.
+const READS: usize = 64;
+/// A smaller piece of a record is copied if the record is not: it would keep the memory of a whole read.
+const LITTLE: usize = 4 << 10;
 
 /// How a connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -47,8 +54,18 @@ pub(super) struct Drive {
     /// Everything was written, but perhaps not everything has left.
     unflushed: bool,
     reading: Reading,
-    closing: bool,
+    closing: Closing,
     heard: Heard,
+}
+
+/// How far the end has come.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Closing {
+    No,
+    /// All is said.
+    Begun,
+    /// And has left; the peer's end is awaited.
+    Said,
 }
 
 /// How far the present frame has come.
@@ -75,7 +92,7 @@ impl Drive {
         let look = Box::pin(tokio::time::sleep(SILENCE));
         let heard = Heard { since_last_look: false, asked: false, look };
         let (batch, reading) = (Batch::default(), Reading::default());
-        Self { shared, io, batch, unflushed: false, reading, closing: false, heard }
+        Self { shared, io, batch, unflushed: false, reading, closing: Closing::No, heard }
     }
 
     /// Goes on until there is nothing to do. `asked` hears of streams that the peer asks for, `over` of the end before the
@@ -96,20 +113,29 @@ impl Drive {
     fn poll_ended(&mut self, cx: &mut Context<'_>, asked: &mut impl FnMut(Asked)) -> Poll<Result<(), Ended>> {
         // Reading first: what it brings may be answered in the same turn.
         if let Poll::Ready(ended) = self.poll_read(cx, asked) {
-            return Poll::Ready(ended);
+            // Of a connection on which all was said it does not matter how it ends.
+            return Poll::Ready(if self.closing == Closing::Said { Ok(()) } else { ended });
+        }
+        if self.closing == Closing::Said {
+            return self.heard.look.as_mut().poll(cx).map(Ok);
         }
         self.poll_silence(cx)?;
-        self.poll_write(cx).map_err(Ended::Cut)
+        if self.poll_write(cx).map_err(Ended::Cut)?.is_ready() {
+            self.closing = Closing::Said;
+            self.heard.look.as_mut().reset(Instant::now() + LINGER);
+            return self.heard.look.as_mut().poll(cx).map(Ok);
+        }
+        Poll::Pending
     }
 
-    /// Ready when nothing is to be written any more, and all is closed.
+    /// Ready when nothing is to be written any more, and the peer knows.
     fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
-            if self.closing {
+            if self.closing != Closing::No {
                 return Pin::new(&mut self.io).poll_shutdown(cx);
             }
             if self.batch.is_empty() && self.shared.next(cx, &mut self.batch) {
-                self.closing = true;
+                self.closing = Closing::Begun;
                 continue;
             }
             if self.batch.is_empty() {
@@ -132,7 +158,7 @@ impl Drive {
 
     /// Ready when the peer has ended, or has to be left.
     fn poll_read(&mut self, cx: &mut Context<'_>, asked: &mut impl FnMut(Asked)) -> Poll<Result<(), Ended>> {
-        loop {
+        for _ in 0..READS {
             match ready!(self.io.poll_plain(cx)).map_err(Ended::Cut)? {
                 Some(piece) => {
                     self.heard.since_last_look = true;
@@ -142,10 +168,14 @@ impl Drive {
                 None => return Poll::Ready(Err(Ended::Malformed("it ended within a frame"))),
             }
         }
+        // What is to be written has its turn, and who reads.
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 
     /// Takes frames, and parts of frames, out of what has come.
     fn take(&mut self, mut piece: Bytes, asked: &mut impl FnMut(Asked)) -> Result<(), Malformed> {
+        let large = piece.len() >= LITTLE;
         while !piece.is_empty() {
             match &mut self.reading {
                 Reading::Head => match piece.split_first_chunk::<HEAD>() {
@@ -176,6 +206,7 @@ impl Drive {
                     if *left == 0 {
                         self.reading = Reading::Head;
                     }
+                    let data = if large && data.len() < LITTLE { Bytes::copy_from_slice(&data) } else { data };
                     self.shared.receive_data(stream, data)?;
                 }
                 Reading::Control(head, body) => {
@@ -232,5 +263,13 @@ impl Drive {
             heard.look.as_mut().reset(Instant::now() + next);
         }
         Ok(())
+    }
+}
+
+impl Drop for Drive {
+    /// Whoever carries it may be given up before it has ended. Its streams hear of it, too.
+    fn drop(&mut self) {
+        let refusal = self.io.failure().refusal();
+        self.shared.lose(Lost { refusal, what: "the connection was given up".to_owned() });
     }
 }

@@ -65,12 +65,14 @@ impl Outbox {
         self.small.put_slice(data);
     }
 
-    /// Data that is large, or has such before it.
-    pub(super) fn large(&mut self, stream: u32, mut data: Bytes) {
+    /// Data that is large, or has such before it. Returns how many frames it became.
+    pub(super) fn large(&mut self, stream: u32, mut data: Bytes) -> usize {
+        let before = self.large.len();
         while !data.is_empty() {
             let piece = data.split_to(data.len().min(LARGEST));
             self.large.push_back(Large { head: Head::data(stream, piece.len()).encode(), data: piece, stream });
         }
+        self.large.len() - before
     }
 
     /// Takes back what a stream has in the queue of the large.
@@ -83,11 +85,12 @@ impl Outbox {
         self.small.len()
     }
 
-    /// The next turn. `left` hears of each large piece, whose it is and how long, that is on its way now.
+    /// The next turn. `left` hears of each frame from the queue of the large, whose it is and how long, that is on its way now.
     pub(super) fn next(&mut self, batch: &mut Batch, mut left: impl FnMut(u32, usize)) {
         debug_assert!(batch.is_empty(), "what was taken before has left");
         self.last = None;
         std::mem::swap(&mut self.small, &mut batch.small);
+        batch.grown = batch.small.capacity() > KEPT;
         for _ in 0..LARGE_AT_ONCE {
             let Some(Large { head, data, stream }) = self.large.pop_front() else { break };
             left(stream, data.len());
@@ -103,6 +106,8 @@ impl Outbox {
 #[derive(Default)]
 pub(super) struct Batch {
     small: BytesMut,
+    /// Its buffer is not to be kept. What is left of it does not tell: that shrinks from the front.
+    grown: bool,
     /// Head, how much of it has left, and what follows.
     large: VecDeque<([u8; HEAD], usize, Bytes)>,
 }
@@ -127,11 +132,8 @@ impl Batch {
         let length = taken.min(self.small.len());
         self.small.advance(length);
         taken -= length;
-        if self.small.is_empty() {
-            self.small.clear();
-            if self.small.capacity() > KEPT {
-                self.small = BytesMut::new();
-            }
+        if self.small.is_empty() && std::mem::take(&mut self.grown) {
+            self.small = BytesMut::new();
         }
         while let Some((_, gone, data)) = self.large.front_mut() {
             let length = taken.min(HEAD - *gone);

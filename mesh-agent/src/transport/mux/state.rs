@@ -4,7 +4,8 @@
 //! each direction:  open ──End──► ended
 //! a stream:        open ──Reset, from either end──► reset, in both directions; what had come before it is still read
 //!                  open ──connection lost──► reset
-//! forgotten when both its halves are dropped; one that was not ended in both directions by then is reset
+//! forgotten when both its halves are dropped and what it had sent is on its way; one that was not ended in both directions
+//! by then is reset, behind what had been sent if that had been ended
 //! ```
 //!
 //! A frame for a stream that was forgotten is ignored: the other end did not know yet. Must not know what is carried, nor how
@@ -91,9 +92,13 @@ struct Stream {
     /// What the peer has said about how much was taken, and who wants to know.
     told: Option<u64>,
     taken: Option<Arc<AtomicU64>>,
-    /// What we may still send, and what waits to be sent as it is.
+    /// What we may still send.
     credit: u32,
+    /// Octets and frames in the outbox's queue of the large: as long as there are any, whatever follows goes there too.
     queued: usize,
+    frames: usize,
+    /// It waits until the small frames have left.
+    crowded: bool,
     ours_ended: bool,
     /// Both directions at once, by either end. The peer may have ended its own in order before that.
     reset: bool,
@@ -208,13 +213,23 @@ impl State {
 
     fn reset(&mut self, number: u32, taken: Option<u64>) {
         let Some(stream) = self.streams.get_mut(&number) else { return };
-        if !stream.reset {
-            stream.reset = true;
-            wake(&mut stream.reader);
-            wake(&mut stream.writer);
-            self.outbox.forget(number);
-            self.control(number, &Control::Reset { taken });
+        if stream.reset {
+            return;
         }
+        stream.reset = true;
+        wake(&mut stream.reader);
+        wake(&mut stream.writer);
+        let reset = Control::Reset { taken };
+        if stream.frames > 0 && (stream.ours_ended || taken.is_some()) {
+            // What had been sent in order is not taken back, nor is its end.
+            stream.frames += 1;
+            self.outbox.control_after(number, &reset);
+        } else {
+            (stream.queued, stream.frames) = (0, 0);
+            self.outbox.forget(number);
+            self.outbox.control(number, &reset);
+        }
+        self.kick();
     }
 
     fn drop_half(&mut self, number: u32) {
@@ -224,6 +239,13 @@ impl State {
             if !(stream.ours_ended && stream.theirs_ended) {
                 self.reset(number, None);
             }
+            self.forget(number);
+        }
+    }
+
+    /// Forgets a stream that nobody holds, once the last that it had to say is on its way: until then it counts.
+    fn forget(&mut self, number: u32) {
+        if self.streams.get(&number).is_some_and(|stream| stream.halves == 0 && stream.frames == 0) {
             self.streams.remove(&number);
             if self.is_done() {
                 self.kick();
@@ -353,25 +375,25 @@ impl Shared {
         if wanted == 0 {
             return Poll::Ready(Ok(0));
         }
-        let crowded = stream.queued == 0 && state.outbox.waiting() >= CROWDED;
+        let crowded = stream.frames == 0 && state.outbox.waiting() >= CROWDED;
         let room = wanted.min(stream.credit as usize).min(QUEUED.saturating_sub(stream.queued));
         if crowded || room == 0 {
             wait(&mut stream.writer, cx);
-            if crowded {
+            if crowded && !std::mem::replace(&mut stream.crowded, true) {
                 state.crowded.push(number);
             }
             return Poll::Pending;
         }
         // No more than the credit, which is a u32.
         stream.credit -= u32::try_from(room).unwrap_or_default();
-        if room <= SMALL && stream.queued == 0 {
+        if room <= SMALL && stream.frames == 0 {
             match payload {
                 Payload::Whole(data) => state.outbox.small(number, &data.split_to(room)),
                 Payload::Copied(data) => state.outbox.small(number, data.get(..room).unwrap_or_default()),
             }
         } else {
             stream.queued += room;
-            state.outbox.large(number, payload.take(room));
+            stream.frames += state.outbox.large(number, payload.take(room));
         }
         state.kick();
         Poll::Ready(Ok(room))
@@ -390,9 +412,10 @@ impl Shared {
         }
         stream.ours_ended = true;
         let end = Control::End { taken };
-        if stream.queued == 0 {
+        if stream.frames == 0 {
             state.outbox.control(number, &end);
         } else {
+            stream.frames += 1;
             state.outbox.control_after(number, &end);
         }
         state.kick();
@@ -465,16 +488,25 @@ impl Shared {
         let State { outbox, streams, crowded, woken, driver, .. } = &mut *state;
         *woken = false;
         wait(driver, cx);
+        let mut said_all = Vec::new();
         outbox.next(batch, |number, length| {
             if let Some(stream) = streams.get_mut(&number) {
                 stream.queued = stream.queued.saturating_sub(length);
+                stream.frames = stream.frames.saturating_sub(1);
                 wake(&mut stream.writer);
+                if stream.halves == 0 && stream.frames == 0 {
+                    said_all.push(number);
+                }
             }
         });
         for number in crowded.drain(..) {
             if let Some(stream) = streams.get_mut(&number) {
+                stream.crowded = false;
                 wake(&mut stream.writer);
             }
+        }
+        for number in said_all {
+            state.forget(number);
         }
         batch.is_empty() && state.is_done()
     }
@@ -546,7 +578,9 @@ impl Shared {
             Control::End { .. } => return Err(Malformed("a second end of a stream")),
             Control::Reset { taken } => {
                 stream.end(true, taken);
+                (stream.queued, stream.frames) = (0, 0);
                 state.outbox.forget(number);
+                state.forget(number);
             }
             Control::Grant { octets } => {
                 stream.credit = stream.credit.checked_add(octets).ok_or(Malformed("more granted than can be"))?;
@@ -607,7 +641,7 @@ impl State {
             return Ok(None);
         }
         self.last = number;
-        let open = || self.streams.values().filter(|stream| !stream.reset).count();
+        let open = || self.streams.values().filter(|stream| !stream.reset || stream.frames > 0).count();
         if self.streams.len() >= ACCEPTED && (self.streams.len() >= HELD || open() >= ACCEPTED) {
             self.control(number, &Control::Refused { refusal: 0 });
             return Ok(None);

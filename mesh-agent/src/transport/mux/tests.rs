@@ -257,6 +257,51 @@ fn a_stream_that_is_dropped_is_reset_and_one_that_was_reset_is_forgotten() {
 }
 
 #[test]
+fn what_was_sent_and_ended_is_not_taken_back_by_a_reset() {
+    let pair = Pair::new();
+    assert_eq!(send(&pair.theirs.1, &[1; 100_000]), 100_000);
+    pair.theirs.1.end(None).unwrap();
+    // The other direction has not ended, so this is a reset.
+    drop(pair.theirs);
+    hear(&pair.ends[0], &said(&pair.ends[1])).unwrap();
+    let (heard, ended) = read(&pair.ours.0);
+    assert_eq!((heard.len(), ended), (100_000, true), "all of it, and its end");
+    assert!(pair.ours.1.poll_reset(&cx()).is_ready(), "then the reset");
+
+    let pair = Pair::new();
+    assert_eq!(send(&pair.theirs.1, &[1; 100_000]), 100_000);
+    pair.theirs.1.reset(Some(3));
+    hear(&pair.ends[0], &said(&pair.ends[1])).unwrap();
+    let mut heard = 0;
+    while let Poll::Ready(Ok(Some(data))) = pair.ours.0.poll_data(&cx()) {
+        heard += data.len();
+    }
+    assert_eq!((heard, pair.ours.0.taken().load(std::sync::atomic::Ordering::Relaxed)), (100_000, 3));
+}
+
+#[test]
+fn a_stream_counts_until_what_it_has_sent_is_on_its_way() {
+    let end = Shared::new(false);
+    for stream in 1..=1000 {
+        let mut octets = Vec::new();
+        Control::Open { target: TARGET, elsewhere: false }.encode(stream, &mut octets);
+        Control::End { taken: None }.encode(stream, &mut octets);
+        assert_eq!(hear(&end, &octets).unwrap().len(), 1);
+        let (receiving, sending) = halves::of(&end, stream);
+        assert_eq!(send(&sending, &[1; 10_000]), 10_000);
+        sending.end(None).unwrap();
+        drop((receiving, sending));
+    }
+    let mut octets = Vec::new();
+    Control::Open { target: TARGET, elsewhere: false }.encode(1001, &mut octets);
+    assert!(hear(&end, &octets).unwrap().is_empty(), "a peer that does not read gets no more");
+    drop(said(&end));
+    let mut octets = Vec::new();
+    Control::Open { target: TARGET, elsewhere: false }.encode(1002, &mut octets);
+    assert_eq!(hear(&end, &octets).unwrap().len(), 1);
+}
+
+#[test]
 fn a_peer_that_leaves_has_not_looked_at_what_comes_after() {
     let pair = Pair::new();
     pair.ends[1].leave();

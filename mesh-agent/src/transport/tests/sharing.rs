@@ -219,13 +219,18 @@ async fn draining_ends_in_time_whatever_the_streams_do() {
         drain: Duration::from_millis(100),
     };
     let (drain, draining) = watch::channel(false);
+    let (tell, mut handled) = mpsc::channel(1);
     let task = tokio::spawn(serving(
         listener,
         identities.clone(),
         acceptance,
-        |request: Request| async move {
-            let mut tunnel = request.accept().unwrap();
-            drop(tunnel.read(&mut [0]).await);
+        move |request: Request| {
+            let tell = tell.clone();
+            async move {
+                let mut tunnel = request.accept().unwrap();
+                drop(tunnel.read(&mut [0]).await);
+                tell.send(()).await.unwrap();
+            }
         },
         draining,
     ));
@@ -241,6 +246,7 @@ async fn draining_ends_in_time_whatever_the_streams_do() {
     soon(task).await.unwrap().unwrap();
     let error = soon(open.read(&mut [0; 8])).await.unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    soon(handled.recv()).await.expect("who carried it heard of it, too");
 }
 
 #[tokio::test]
