@@ -24,7 +24,7 @@ use tokio::{
 use mesh_core::{balance::Load, model::EndpointId};
 
 use super::{Proxy, loads::UNMEASURED};
-use crate::transport::dial::Figures;
+use crate::{sys::netns, transport::dial::Figures};
 
 /// A thread's stack. Futures live on the heap; the deepest calls are a TLS handshake and BPF map access.
 const STACK: usize = 1 << 20;
@@ -186,6 +186,7 @@ fn start(number: usize) -> io::Result<(Handle, oneshot::Sender<()>)> {
             Ok(runtime) => runtime,
             Err(error) => return drop(tell.send(Err(error))),
         };
+        netns::keep_home();
         drop(tell.send(Ok(runtime.handle().clone())));
         // Nothing is ever sent: the sender is dropped.
         drop(runtime.block_on(until));

@@ -34,8 +34,8 @@ pub struct Netns {
 }
 
 thread_local! {
-    /// The namespace that the thread is in whenever nothing of ours is on its stack: it never leaves it otherwise. Opening it
-    /// takes longer than entering another and returning. `None` while it is away.
+    /// The namespace that the thread is in whenever nothing of ours is on its stack, if it is to be kept open ([`keep_home`]).
+    /// `None` while the thread is away.
     static HOME: RefCell<Option<Rc<File>>> = const { RefCell::new(None) };
 }
 
@@ -43,7 +43,18 @@ thread_local! {
 /// never live across an await.
 pub struct Inside {
     back: Rc<File>,
+    is_home: bool,
     not_send: PhantomData<*const ()>,
+}
+
+/// For a thread that enters namespaces all the time and never leaves its own otherwise: that one stays open, as opening it takes
+/// longer than entering another and returning. One that cannot be opened now is opened each time.
+pub fn keep_home() {
+    HOME.set(here().ok().map(Rc::new));
+}
+
+fn here() -> io::Result<File> {
+    File::open("/proc/thread-self/ns/net")
 }
 
 impl Netns {
@@ -82,12 +93,15 @@ impl Netns {
     fn enter(&self) -> Result<Inside, NetnsError> {
         let enter = |source: io::Error| NetnsError::Enter { path: self.path.clone(), source };
         // Who is away already returns to where it is now.
-        let back = match HOME.take() {
+        let home = HOME.with_borrow(Clone::clone);
+        let is_home = home.is_some();
+        let back = match home {
             Some(home) => home,
-            None => Rc::new(File::open("/proc/thread-self/ns/net").map_err(enter)?),
+            None => Rc::new(here().map_err(enter)?),
         };
         setns(self.file.as_fd(), CloneFlags::CLONE_NEWNET).map_err(|e| enter(e.into()))?;
-        Ok(Inside { back, not_send: PhantomData })
+        HOME.take();
+        Ok(Inside { back, is_home, not_send: PhantomData })
     }
 }
 
@@ -97,6 +111,8 @@ impl Drop for Inside {
         if setns(self.back.as_fd(), CloneFlags::CLONE_NEWNET).is_err() {
             std::process::abort();
         }
-        HOME.set(Some(self.back.clone()));
+        if self.is_home {
+            HOME.set(Some(self.back.clone()));
+        }
     }
 }
