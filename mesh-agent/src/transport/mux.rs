@@ -1,7 +1,7 @@
 //! `ecs-mesh/1`: many streams on one encrypted connection between two of our own agents.
 //!
 //! What HBONE's HTTP/2 does for a byte stream, and nothing else, in frames of eight octets and what follows. It is
-//! chosen by ALPN; with an agent that does not know it, a ztunnel for one, HBONE is spoken ([ADR 13]).
+//! chosen by ALPN; with an agent that does not know it, a ztunnel for one, HBONE is spoken (ADR 13).
 //!
 //! | Frame | Says |
 //! |---|---|
@@ -16,8 +16,6 @@
 //! [`Opener`] asks for streams and [`Asked`] is one that the peer asks for; either becomes the two [`halves`]. Below them:
 //! `state` holds the streams, `inbox` and `outbox` what waits, `drive` moves bytes, `frame` is what is on the wire. Must not
 //! know identities, services, or what is carried.
-//!
-//! [ADR 13]: https://github.com/ecs-mesh/ecs-mesh/blob/main/docs/adr/0013-framing.md
 
 use std::{future::poll_fn, net::SocketAddr, sync::Arc};
 
