@@ -13,7 +13,9 @@ use rustls::{
     AlertDescription, ConnectionTrafficSecrets, ContentType, Error, ExtractedSecrets, HandshakeType, InvalidMessage,
     PeerMisbehaved, ProtocolVersion, Tls13CipherSuite,
     client::ClientConnectionData,
-    crypto::cipher::{InboundOpaqueMessage, MessageDecrypter, MessageEncrypter, OutboundChunks, OutboundPlainMessage},
+    crypto::cipher::{
+        AeadKey, InboundOpaqueMessage, Iv, MessageDecrypter, MessageEncrypter, OutboundChunks, OutboundPlainMessage,
+    },
     kernel::KernelConnection,
     server::ServerConnectionData,
 };
@@ -434,28 +436,25 @@ fn encrypter(
     suite: &'static Tls13CipherSuite,
     secrets: ConnectionTrafficSecrets,
 ) -> Result<Box<dyn MessageEncrypter>, Error> {
-    match secrets {
-        ConnectionTrafficSecrets::Aes128Gcm { key, iv }
-        | ConnectionTrafficSecrets::Aes256Gcm { key, iv }
-        | ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => Ok(suite.aead_alg.encrypter(key, iv)),
-        _ => Err(unknown_cipher()),
-    }
+    let (key, iv) = key_and_iv(secrets)?;
+    Ok(suite.aead_alg.encrypter(key, iv))
 }
 
 fn decrypter(
     suite: &'static Tls13CipherSuite,
     secrets: ConnectionTrafficSecrets,
 ) -> Result<Box<dyn MessageDecrypter>, Error> {
+    let (key, iv) = key_and_iv(secrets)?;
+    Ok(suite.aead_alg.decrypter(key, iv))
+}
+
+fn key_and_iv(secrets: ConnectionTrafficSecrets) -> Result<(AeadKey, Iv), Error> {
     match secrets {
         ConnectionTrafficSecrets::Aes128Gcm { key, iv }
         | ConnectionTrafficSecrets::Aes256Gcm { key, iv }
-        | ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => Ok(suite.aead_alg.decrypter(key, iv)),
-        _ => Err(unknown_cipher()),
+        | ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => Ok((key, iv)),
+        _ => Err(Error::General("the secrets are of a cipher that is not known here".into())),
     }
-}
-
-fn unknown_cipher() -> Error {
-    Error::General("the secrets are of a cipher that is not known here".into())
 }
 
 fn inappropriate(got_type: ContentType) -> Error {
