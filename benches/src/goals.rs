@@ -192,9 +192,11 @@ pub fn judge(table: &Table, l7: &[&str], l4: &[&str], memory: Memory) -> Vec<Ver
 pub fn turns(work: Work, subject: &Subject) -> usize {
     let near = matches!(subject.name, DIRECT_NEAR | OURS_NEAR_L4);
     match work {
-        Work::Trips | Work::Connect => 5,
-        Work::Http | Work::Bulk if near => 5,
-        Work::Bulk if matches!(subject.name, OURS_L4 | "envoy-tcp") => 3,
+        // A turn is a few hundred calls.
+        Work::Connect => 15,
+        Work::Trips => 5,
+        Work::Http | Work::Bulk if near => 8,
+        Work::Bulk if matches!(subject.name, OURS_L4 | "envoy-tcp") => 6,
         Work::Grpc if matches!(subject.name, OURS_L7 | "haproxy") => 3,
         Work::Fresh if matches!(subject.name, OURS_L4 | DIRECT) => 3,
         Work::Paced if subject.name == OURS_L7 || subject.kind == Kind::Peer(Layer::L4) => 3,

@@ -14,7 +14,7 @@ const CONNECTIONS: &str = "64";
 pub const PACE: u32 = 2000;
 
 /// Connections of one turn of `connect`.
-const CONNECTS: u32 = 1000;
+const CONNECTS: u32 = 400;
 
 /// A kind of work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

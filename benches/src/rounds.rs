@@ -138,7 +138,8 @@ impl Metric {
 }
 
 /// Measures all, telling each result as it comes. `turns` says how often in a round a subject does a work: those with more
-/// than others go on alone, so that they follow each other closely.
+/// than others go on alone, so that they follow each other closely. Every other turn has the opposite order, so that nobody is
+/// always the first, and what drifts meets all alike.
 pub fn measure(
     topology: &Topology,
     subjects: &[Subject],
@@ -152,8 +153,13 @@ pub fn measure(
         for &work in works {
             let able = || subjects.iter().filter(|subject| subject.works.contains(&work));
             let most = able().map(|subject| turns(work, subject)).max().unwrap_or_default();
-            let all = (0..most).flat_map(|turn| able().map(move |subject| (turn, subject)));
-            for (_, subject) in all.filter(|(turn, subject)| *turn < turns(work, subject)) {
+            for subject in (0..most).flat_map(|turn| {
+                let mut all: Vec<_> = able().filter(|subject| turn < turns(work, subject)).collect();
+                if turn % 2 == 1 {
+                    all.reverse();
+                }
+                all
+            }) {
                 let cell = cell(topology, subject, work, seconds);
                 tell(&match &cell {
                     Ok(cell) => line(round, work, subject.name, cell),

@@ -81,7 +81,7 @@ refusals! {
     /// The other end's certificate is valid, but names another identity than the one expected.
     UnexpectedIdentity = 12, "unexpected_identity", Operator, "the address is now used by another service: refresh the registry, or correct the identity in the service's definition";
     /// The TLS handshake failed for another reason.
-    HandshakeFailed = 13, "handshake_failed", Upstream, "the peer does not speak TLS 1.3 with a client certificate and ALPN h2 on this port";
+    HandshakeFailed = 13, "handshake_failed", Upstream, "the peer does not speak TLS 1.3 with a client certificate and, by ALPN, ecs-mesh/1 or h2 on this port";
     /// The other agent refused the tunnel.
     TunnelRefused = 14, "tunnel_refused", Upstream, "the peer agent's access log names its reason for the same moment";
     /// The tunnel asked for a destination that is no endpoint of this host.

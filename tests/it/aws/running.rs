@@ -21,7 +21,9 @@ use mesh_tests::{aws::REGION, until::until};
 
 use crate::following::Following;
 
-pub(super) const LIMIT: Duration = Duration::from_secs(30);
+/// What waits after failures may wait for [`back_off::LONGEST`](mesh_core::back_off::LONGEST), and once more for the rate: a server that is slow to
+/// come back has made them many.
+pub(super) const LIMIT: Duration = mesh_core::back_off::LONGEST.saturating_mul(3);
 
 /// What an agent learns from one server; endpoints are `port address [by agent as identity]`, `*` for a port that nobody chose.
 pub(super) struct Running(Following);

@@ -49,8 +49,9 @@ const CROWDED: usize = 64 << 10;
 const FLOODED: usize = 1 << 20;
 /// Streams that a peer may have open. Ours open a hundred.
 const ACCEPTED: usize = 1000;
-/// The same with those that it has reset and that are still held here.
-const HELD: usize = 10 * ACCEPTED;
+/// The same with those that it has reset and that are still held here: who opens and resets faster than its resets are seen to
+/// gets no more (the attack of CVE-2023-44487 on HTTP/2).
+const HELD: usize = 2 * ACCEPTED;
 
 /// A connection's streams. The halves of each, and whoever moves the connection's bytes, share it.
 pub(super) struct Shared(Mutex<State>);
