@@ -426,7 +426,8 @@ impl Asker {
             Asked::Rest(at) => {
                 let services = self.services(name(*at), &source.config).await;
                 let instances = match &services {
-                    Err(trouble) if trouble.is_general() => None,
+                    // Of a cluster that is not there, not every server says so for instances too.
+                    Err(trouble) if trouble.is_general() || trouble.is_gone() => None,
                     Ok(_) | Err(_) => Some(self.instances(name(*at)).await),
                 };
                 Answer::Rest(services, instances)

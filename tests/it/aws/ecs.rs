@@ -167,6 +167,8 @@ fn nothing_is_lost_while_ecs_is_away() -> Result<()> {
     // Back, with nothing in it: there is not even the cluster.
     cluster.moto.up()?;
     running.await_error("AWS does not know what ecs:")?;
+    // Of a cluster that it does not have, moto lists no container instances, where it refuses the rest.
+    running.await_failures(4)?;
     running.await_seen(seen)?;
     cluster.moto.call(Api::Ecs, "CreateCluster", &json!({ "clusterName": "demo" }))?;
     running.await_seen(&[])?;

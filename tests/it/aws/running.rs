@@ -126,6 +126,16 @@ impl Running {
         until(LIMIT, "no error is left", || Ok(self.error().map_or(Ok(()), Err)))
     }
 
+    /// Waits until so many more questions have failed.
+    pub(super) fn await_failures(&self, more: u64) -> Result<()> {
+        let figures = self.figures()?;
+        let goal = figures.errors.load(Ordering::Relaxed) + more;
+        until(LIMIT, &format!("{more} more failures"), || {
+            let now = figures.errors.load(Ordering::Relaxed);
+            Ok(if now >= goal { Ok(()) } else { Err(format!("{now} of {goal}")) })
+        })
+    }
+
     /// Waits until so many more questions have been answered.
     pub(super) fn await_answers(&self, more: u64) -> Result<()> {
         let figures = self.figures()?;
