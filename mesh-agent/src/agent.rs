@@ -28,6 +28,7 @@ use mesh_core::{
     config::{Config, discovery::SourceName, ecs::Ecs},
     ecs::entries::Mesh,
     id::{ClusterName, InvalidName, ServiceName, SpiffeId, TaskId},
+    lull::Lull,
     merge::Merged,
     readiness::Gate,
     task::Task,
@@ -59,7 +60,7 @@ use crate::{
         bpf::{BpfError, Pins, Programs},
         events as kernel_events,
         maps::{Pulse, WriteError},
-        socket,
+        memory, socket,
     },
     tasks,
     telemetry::{
@@ -85,6 +86,8 @@ const OWN_SERVICE: &str = "ecs-mesh-agent";
 const BEATS_PER_LIMIT: u32 = 6;
 /// Beyond its drain, what an agent needs to stop: also to take its tasks out of a registry that is slow.
 const STOPPING: Duration = Duration::from_secs(10);
+/// How often connections are counted, to see whether a burst of them has ended.
+const LOOK: Duration = Duration::from_secs(1);
 /// Containers that may wait to be stopped.
 const STOPS: usize = 16;
 /// Kernel reports that may wait to be recorded; beyond, they wait in the ring buffer.
@@ -229,6 +232,7 @@ pub async fn run(
     let (report, reports) = mpsc::channel(REPORTS);
     let mut running = JoinSet::new();
     running.spawn(beat(readers.pulse, workers.clone(), config.kernel.heartbeat_limit / BEATS_PER_LIMIT));
+    running.spawn(give_back_after_bursts(workers.clone()));
     running.spawn(async move {
         if let Err(error) = kernel_events::forward(readers.events, report).await {
             tracing::error!(%error, "kernel reports are not read");
@@ -548,6 +552,19 @@ async fn beat(mut pulse: Pulse, workers: Arc<Workers>, every: Duration) {
         workers.answered().await;
         if let Err(error) = pulse.beat() {
             tracing::error!(%error, "cannot give a sign of life; the kernel will take the agent for dead");
+        }
+    }
+}
+
+/// Gives memory back when connections that were many have ended. The C library keeps what they held, each thread for itself, so
+/// what one kind of load has left would lie beside what the next one needs.
+async fn give_back_after_bursts(workers: Arc<Workers>) {
+    let (mut ticks, mut lull) = (tokio::time::interval(LOOK), Lull::default());
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        if lull.look(workers.connections()) {
+            memory::give_back();
         }
     }
 }

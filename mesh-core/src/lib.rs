@@ -7,7 +7,8 @@
 //! request in, one plan or numbered refusal out), then what it is made of: [`resolve`], [`policy`], [`owners`], [`balance`];
 //! where the snapshot comes from: [`config`], [`services`] (the static file), [`consul`], [`cloud_map`], [`ecs`], [`task`],
 //! [`readiness`], [`merge`], [`vip`]; and what follows from it: [`dataplane`] (the kernel's image), [`reconcile`]
-//! (namespaces to arm), [`registration`] (what registries are told), [`rotate`].
+//! (namespaces to arm), [`registration`] (what registries are told), [`rotate`] (when a certificate is renewed), [`lull`] (when
+//! memory is given back).
 
 pub mod addr;
 pub mod aws;
@@ -21,6 +22,7 @@ mod document;
 pub mod ecs;
 pub mod id;
 pub mod instance;
+pub mod lull;
 pub mod merge;
 pub mod model;
 pub mod owners;

@@ -175,11 +175,8 @@ fn begin(proxy: &Arc<Proxy>, place: &Place, client: TcpStream, peer: SocketAddr)
             })
         }),
         Spoken::Auto => Step::new(async move {
-            Some(match detect(&route, client).await {
-                Detected::Http(client, spare) => Step::last(http1::serve(route, client, spare)),
-                Detected::Http2(client, spare) => Step::last(http2::serve(route, client, spare)),
-                Detected::Stream(client, opened) => stream(client, opened),
-            })
+            let detected = detect(&route, client).await;
+            Some(detected.step(route))
         }),
     };
     Some(Begun { open, step })
@@ -319,9 +316,19 @@ enum Detected {
     Http(Wire, Option<Upstream>),
     Http2(Wire, Option<Upstream>),
     Stream(Wire, Box<Opened>),
+    /// Nobody has said anything, which may stay so.
+    Silent(Box<Silent>),
 }
 
-/// Listens to both sides until it is clear what is spoken.
+/// What a connection holds whose ends are both silent.
+struct Silent {
+    client: Wire,
+    said: BytesMut,
+    access: Box<Access>,
+    upstream: Upstream,
+}
+
+/// Finds out what is spoken, as far as that is told while the upstream is being opened.
 async fn detect(route: &Route, mut client: Wire) -> Detected {
     let note = |spoke| route.proxy.seen.note(route.port_id, spoke);
     let mut said = BytesMut::new();
@@ -360,7 +367,7 @@ async fn detect(route: &Route, mut client: Wire) -> Detected {
             }
         }
     };
-    let mut upstream = match opened {
+    let upstream = match opened {
         None => {
             note(Spoke::Http);
             access.discard();
@@ -369,16 +376,26 @@ async fn detect(route: &Route, mut client: Wire) -> Detected {
         Some(Err(refusal)) => return Detected::Stream(client, Box::new(Opened(access, Err(refusal)))),
         Some(Ok(upstream)) => upstream,
     };
+    if heard.is_some() {
+        note(Spoke::ClientFirst);
+        return Detected::Stream(client.rewound(said.freeze()), Box::new(Opened(access, Ok(upstream))));
+    }
+    Detected::Silent(Box::new(Silent { client, said, access, upstream }))
+}
 
-    // Both. The client first: an HTTP server that closes at the same moment is an HTTP server.
-    let heard = match heard {
-        Some(heard) => Some(heard),
-        None => tokio::select! {
+/// Listens to both sides of a connection until one of them has spoken.
+async fn listen(route: &Route, mut silent: Box<Silent>) -> Detected {
+    let note = |spoke| route.proxy.seen.note(route.port_id, spoke);
+    let heard = {
+        let Silent { client, said, upstream, access: _ } = &mut *silent;
+        tokio::select! {
+            // The client first: an HTTP server that closes at the same moment is an HTTP server.
             biased;
-            heard = hear(&mut client, &mut said) => Some(heard),
+            heard = hear(client, said) => Some(heard),
             () = greeted(&mut upstream.wire) => None,
-        },
+        }
     };
+    let Silent { client, said, access, upstream } = *silent;
     let client = client.rewound(said.freeze());
     match heard {
         Some(heard @ (Heard::Http | Heard::Http2)) => {
@@ -397,11 +414,24 @@ async fn detect(route: &Route, mut client: Wire) -> Detected {
 async fn greeted(upstream: &mut Wire) {
     poll_fn(|cx| upstream.poll_speaks(cx)).await;
     if upstream.begins(detect::is_http2_server).await {
-        tokio::time::sleep(GREETED).await;
+        Box::pin(tokio::time::sleep(GREETED)).await;
     }
 }
 
 impl Detected {
+    /// What follows.
+    fn step(self, route: Arc<Route>) -> Step {
+        match self {
+            Self::Http(client, spare) => Step::last(http1::serve(route, client, spare)),
+            Self::Http2(client, spare) => Step::last(http2::serve(route, client, spare)),
+            Self::Stream(client, opened) => stream(client, opened),
+            Self::Silent(silent) => Step::new(async move {
+                let detected = listen(&route, silent).await;
+                Some(detected.step(route))
+            }),
+        }
+    }
+
     fn requests(heard: Heard, client: Wire, spare: Option<Upstream>) -> Self {
         match heard {
             Heard::Http2 => Self::Http2(client, spare),
@@ -437,7 +467,8 @@ async fn hear(client: &mut Wire, said: &mut BytesMut) -> Heard {
         let begun = !said.is_empty();
         let read = read(client, said);
         let read = if begun {
-            match tokio::time::timeout(PAUSE, read).await {
+            // Most clients say all at once, and those that say nothing need no room for a timer.
+            match Box::pin(tokio::time::timeout(PAUSE, read)).await {
                 Ok(read) => read,
                 Err(_paused) => return Heard::Other,
             }

@@ -39,6 +39,10 @@ use crate::{
 /// first, so there is no hurry.
 const LOOK: Duration = Duration::from_secs(2);
 
+/// What a connection may hold of heads and bodies each way, which bounds how long a head may be too: twice what Envoy takes, and eight
+/// times what servers usually do.
+const MOST_BUFFERED: usize = 128 << 10;
+
 /// A client's connection.
 struct Connection {
     client: Client,
@@ -70,6 +74,7 @@ pub(in crate::proxy) async fn serve(route: Arc<Route>, client: Wire, spare: Opti
         .preserve_header_case(true)
         .half_close(true)
         .auto_date_header(false)
+        .max_buf_size(MOST_BUFFERED)
         .serve_connection(TokioIo::new(client), service)
         .with_upgrades();
     let mut drain = route.proxy.drain.subscribe();

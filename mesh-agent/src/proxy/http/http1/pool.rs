@@ -16,7 +16,7 @@ use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
 use mesh_core::{id::SpiffeId, model::EndpointId, plan::Delivery};
 
-use super::answer::Upload;
+use super::{MOST_BUFFERED, answer::Upload};
 use crate::{
     proxy::{
         Proxy,
@@ -173,8 +173,9 @@ pub(super) async fn handshake(wire: Wire) -> hyper::Result<Sender> {
     let (gone, good_until) = (wire.gone.clone(), wire.good_until());
     let parting = Parting::new(wire);
     let (written, taken) = (parting.written(), parting.taken());
-    let (requests, connection) =
-        http1::Builder::new().preserve_header_case(true).handshake(TokioIo::new(parting)).await?;
+    let mut builder = http1::Builder::new();
+    builder.preserve_header_case(true).max_buf_size(MOST_BUFFERED);
+    let (requests, connection) = builder.handshake(TokioIo::new(parting)).await?;
     tokio::spawn(async move {
         tokio::select! {
             ended = connection.with_upgrades() => {
