@@ -399,6 +399,26 @@ async fn requests_that_two_readers_could_read_differently_are_refused() {
 }
 
 #[tokio::test]
+async fn heads_are_bounded_far_above_what_servers_take() {
+    let addr = app(|request| async move {
+        let length = request.headers()["cookie"].len();
+        Response::new(Full::from(length.to_string()))
+    })
+    .await;
+    let agent = Agent::new(Protocol::Auto, &[addr]);
+    let mut sender = client(&agent).await;
+    let mut long = get("/");
+    long.headers_mut().insert("cookie", "c".repeat(100 << 10).parse().unwrap());
+    assert_eq!(text(&mut sender, long).await, (200, (100 << 10).to_string()));
+    let mut longer = agent.connect().await;
+    longer.write_all(b"GET / HTTP/1.1\r\nHost: w\r\nCookie: ").await.unwrap();
+    // What comes after the refusal may meet a closed connection.
+    drop(longer.write_all(&b"c".repeat(200 << 10)).await);
+    let answer = String::from_utf8(rest(&mut longer).await).expect("text");
+    assert!(answer.starts_with("HTTP/1.1 431"), "{answer}");
+}
+
+#[tokio::test]
 async fn a_length_beside_chunks_never_reaches_the_server() {
     for head in [
         "POST / HTTP/1.1\r\nHost: w\r\nContent-Length: 6\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n",
