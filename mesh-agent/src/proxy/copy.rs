@@ -21,7 +21,7 @@
 use std::{
     cell::RefCell,
     future::Future,
-    io,
+    io::{self, IoSlice},
     pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll, ready},
@@ -48,6 +48,8 @@ use crate::{
 const FIRST_READ: usize = 16 << 10;
 const LARGE_READ: usize = LARGEST_FRAME;
 const LARGEST_READ: usize = 4 * LARGEST_FRAME;
+/// Pieces of a tunnel that are written at once. A full record is one.
+const PIECES: usize = 4;
 /// Bytes after which reads become large, and largest.
 const LARGE_AFTER: u64 = 128 << 10;
 const LARGEST_AFTER: u64 = 10 << 20;
@@ -190,6 +192,32 @@ impl Flow {
         self.state = State::Failed;
     }
 
+    /// Writes what has come by a tunnel in several pieces at once; what is not taken is left, in one piece.
+    fn pass_pieces(
+        &mut self,
+        cx: &mut Context<'_>,
+        [first, second]: [Bytes; 2],
+        tunnel: &mut Tunnel,
+        to: &mut End,
+        count: &impl Fn(usize),
+    ) {
+        let mut pieces = [const { Bytes::new() }; PIECES];
+        let more = [first, second].into_iter().chain(std::iter::from_fn(|| tunnel.more_data()));
+        for (place, piece) in pieces.iter_mut().zip(more) {
+            *place = piece;
+        }
+        let slices = pieces.each_ref().map(|piece| IoSlice::new(piece));
+        match to.poll_write_vectored(cx, &slices) {
+            Poll::Ready(Ok(written)) if written > 0 => {
+                self.total += written as u64;
+                count(written);
+                self.left = rest(&pieces, written);
+            }
+            Poll::Ready(failed) => self.fail(to, failed.err().as_ref()),
+            Poll::Pending => self.left = rest(&pieces, 0),
+        }
+    }
+
     /// Goes on as far as possible. What it waits for is registered with `cx`.
     fn poll(
         &mut self,
@@ -260,6 +288,12 @@ impl Flow {
                 Some(data) => self.left = data,
                 None => self.eof = true,
             }
+            if !matches!(to, End::Tunnel(_))
+                && let Some(second) = tunnel.more_data()
+            {
+                let first = std::mem::take(&mut self.left);
+                self.pass_pieces(cx, [first, second], tunnel, to, count);
+            }
             return Poll::Ready(Ok(()));
         }
         let size = match self.total {
@@ -316,6 +350,21 @@ impl Flow {
     }
 }
 
+/// What is left of `pieces` behind the first `gone` octets, in one piece.
+fn rest(pieces: &[Bytes], mut gone: usize) -> Bytes {
+    let mut left = pieces.iter().filter_map(|piece| {
+        let skipped = gone.min(piece.len());
+        gone -= skipped;
+        (skipped < piece.len()).then(|| piece.slice(skipped..))
+    });
+    let Some(first) = left.next() else { return Bytes::new() };
+    let Some(second) = left.next() else { return first };
+    let mut joined = BytesMut::from(first);
+    joined.extend_from_slice(&second);
+    left.for_each(|piece| joined.extend_from_slice(&piece));
+    joined.freeze()
+}
+
 /// One side of the copy.
 enum End {
     Tcp(TcpStream),
@@ -348,13 +397,22 @@ impl End {
         match self {
             Self::Tcp(stream) => Pin::new(stream).poll_write(cx, data),
             Self::Tunnel(tunnel) => Pin::new(tunnel).poll_write(cx, data),
+            Self::Listening(..) | Self::Moving => self.poll_write_vectored(cx, &[IoSlice::new(data)]),
+        }
+    }
+
+    /// The same of several pieces.
+    fn poll_write_vectored(&mut self, cx: &mut Context<'_>, pieces: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        match self {
+            Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, pieces),
             Self::Listening(stream, _) => loop {
                 ready!(stream.poll_write_ready(cx))?;
-                match stream.try_write(data) {
+                match stream.try_write_vectored(pieces) {
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                     done => return Poll::Ready(done),
                 }
             },
+            Self::Tunnel(tunnel) => Pin::new(tunnel).poll_write_vectored(cx, pieces),
             Self::Moving => Poll::Ready(Ok(0)),
         }
     }

@@ -157,6 +157,11 @@ impl Tunnel {
         self.receiving.poll_data(cx)
     }
 
+    /// As [`Receiving::more_data`].
+    pub fn more_data(&mut self) -> Option<Bytes> {
+        self.receiving.more_data()
+    }
+
     /// Waits until the peer resets the tunnel, or the connection is lost. For who has read its end, and would not hear of
     /// that before the next write.
     pub fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<()> {
@@ -199,6 +204,18 @@ impl Receiving {
         let held = std::mem::take(&mut self.held);
         self.grant();
         Poll::Ready(Ok(Some(held)))
+    }
+
+    /// What has come behind what [`Receiving::poll_data`] has just handed over, and counts as consumed likewise. Not waited for;
+    /// how the stream ends, only the other one tells.
+    pub fn more_data(&mut self) -> Option<Bytes> {
+        if !self.held.is_empty() {
+            return None;
+        }
+        let From::Mesh(from) = &self.from else { return None };
+        let more = from.more_data()?;
+        from.consumed(more.len());
+        Some(more)
     }
 
     /// For who cannot take now what comes: keeps what has come, so that it is no burden to the connection's other streams,

@@ -191,3 +191,17 @@ async fn what_was_read_before_comes_first() {
     drop((client, server));
     soon(copy).await.unwrap();
 }
+
+proptest::proptest! {
+    #[test]
+    fn what_several_pieces_left_is_what_was_not_written(lengths in [0_usize..5, 0_usize..5, 0..5, 0..5], gone in 0_usize..20) {
+        let whole: Vec<u8> = (0..20).collect();
+        let mut from = 0;
+        let pieces = lengths.map(|length| {
+            from += length;
+            Bytes::copy_from_slice(&whole[from - length..from])
+        });
+        let gone = gone.min(from);
+        proptest::prop_assert_eq!(&rest(&pieces, gone)[..], &whole[gone..from]);
+    }
+}

@@ -39,6 +39,11 @@ impl Receiving {
         self.shared.poll_data(self.stream, cx)
     }
 
+    /// What has come behind that already.
+    pub(in crate::transport) fn more_data(&self) -> Option<Bytes> {
+        self.shared.more_data(self.stream)
+    }
+
     /// So much of it has gone on its way: the peer may send as much again.
     pub(in crate::transport) fn consumed(&self, octets: usize) {
         self.shared.consumed(self.stream, octets);

@@ -348,6 +348,11 @@ impl Shared {
         }
     }
 
+    /// What has come behind that already, without waiting and without a look at how it ends.
+    pub(super) fn more_data(&self, number: u32) -> Option<Bytes> {
+        self.lock().streams.get_mut(&number)?.inbox.next()
+    }
+
     /// So much of what was handed over has gone on its way: the peer may send as much again.
     pub(super) fn consumed(&self, number: u32, octets: usize) {
         let mut state = self.lock();
